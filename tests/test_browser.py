@@ -1,0 +1,75 @@
+"""The training panel in a real browser: a knob is moved, a run started, watched, stopped, and started again.
+
+FINETUNING_KIT_SCREENSHOT=nbs/images/training_panel.png keeps the picture of a run for the README.
+"""
+import os
+import re
+from pathlib import Path
+
+from tests.browser import in_kernel, notebook_page
+
+SETUP = """
+import tempfile
+from finetuning_kit.config import demo_config
+from finetuning_kit.loading import load_records
+from finetuning_kit.models import load_tokenizer
+from finetuning_kit.tokens import encode_records
+from finetuning_kit.training import TrainingPanel
+
+tokenizer = load_tokenizer("pocket")
+rows = encode_records(tokenizer, load_records("pocket"), max_length=128).rows
+held_out = encode_records(tokenizer, load_records("pocket:test")[:32], max_length=128).rows
+config = demo_config(output_dir=tempfile.mkdtemp(), num_train_epochs=EPOCHS, logging_steps=2, eval_steps=20)
+"""
+KEEP = os.environ.get("FINETUNING_KIT_SCREENSHOT")
+CELLS = [SETUP.replace("EPOCHS", "6" if KEEP else "20"), "panel = TrainingPanel(config, rows, held_out)\npanel", "print('a later cell')"]
+
+
+def wait_for_step(page, n):
+    "Wait until the panel reports step `n` or a later one."
+    page.wait_for_function("n => +(document.querySelector('.ftk-training .ftk-status')?.innerText"
+                           ".match(/step (\\d+)/)?.[1] || 0) >= n", arg=n)
+
+
+def picture(form) -> str:
+    "Where the browser has the plot from: another address for another picture."
+    return form.locator("img.ftk-plot, .ftk-plot img").get_attribute("src") or ""
+
+
+def keep_picture(page, form) -> None:
+    "Keep a picture of the panel where the environment asks for it."
+    if KEEP:
+        wait_for_step(page, 150)
+        Path(KEEP).parent.mkdir(parents=True, exist_ok=True)
+        form.screenshot(path=KEEP)
+        assert Path(KEEP).stat().st_size <= 150 * 1024, f"{KEEP} has more than 150 KB"
+
+
+def test_training_panel():
+    with notebook_page(CELLS) as page:
+        form = page.locator(".ftk-training")
+        form.wait_for()
+        form.locator(".ftk-lora-r .noUi-handle").focus()
+        for _ in range(4):
+            page.keyboard.press("ArrowRight")
+        form.locator(".ftk-follows", has_text=re.compile(r"32 / 20 = 1\.6")).wait_for()
+
+        form.locator(".ftk-run").click()
+        wait_for_step(page, 4)
+        form.locator(".ftk-plot >> visible=true").wait_for()
+        first = picture(form)
+        wait_for_step(page, 12)
+        assert picture(form) != first, "the plot did not change"
+        keep_picture(page, form)
+        form.locator(".ftk-stop").click()
+        form.locator(".ftk-status", has_text=re.compile("stopped at step .* kept")).wait_for()
+        in_kernel(page, "panel.thread.join(); run = panel.result\n"
+                        "assert run.config.lora.r == 20 and run.status == 'stopped', run\n"
+                        "assert run.checkpoint.name == f'checkpoint-{run.n_steps}' and run.checkpoint.is_dir()")
+
+        in_kernel(page, "panel.settings.set('training.max_steps', 6)")
+        form.locator(".ftk-run").click()  # the second press: where most panels break
+        form.locator(".ftk-status", has_text="finished: 6 steps").wait_for()
+        in_kernel(page, "assert panel.result.folder.path.name == 'instruct_pocket-2' and panel.result.folder.adapter.is_dir()")
+        assert form.locator("img.ftk-plot, .ftk-plot img").count() == 1
+        assert page.locator(".jp-Cell-outputArea").last.inner_text().strip() == "a later cell", "output leaked"

@@ -1,0 +1,130 @@
+"""Bad input at the command line: one sentence, exit code 2, no traceback, nothing overwritten; Ctrl-C can be resumed."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetuning_kit.cli import main
+
+ROWS = [{"instruction": f"Give the opposite of word {n}.", "output": f"antonym {n}"} for n in range(40)]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    "A file of forty good rows."
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def typed(tmp_path, capsys, monkeypatch):
+    "Run a command as typed in an empty folder; give exit code, output and errors."
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.out + shown.err
+        return code, shown.out, shown.err
+    return run
+
+
+def train(*words):
+    "The words of a short run."
+    return ("train", "--base-model", "pocket", "--max-steps", "4", "--output-dir", "runs", *words)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("--dataset", "missing.jsonl"), "missing.jsonl"),
+    ((), "`dataset` is missing"),
+    (("--dataset", "rows.jsonl", "--lora-rank", "0"), "`lora.r` must be at least 1, got"),
+    (("--dataset", "rows.jsonl", "--learning-rate", "fast"), "`training.learning_rate` must be a number"),
+    (("--dataset", "rows.jsonl", "--base-model", "nobody/nothing-7b"), "nobody/nothing-7b"),
+    (("--dataset", "rows.jsonl", "--config", "no.yaml"), "no.yaml"),
+    (("--dataset", "rows.jsonl", "--resume", "7"), "checkpoint"),
+])
+def test_refusals(typed, rows, words, sentence):
+    code, _, err = typed(*train(*words))
+    assert (code, sentence in err) == (2, True), err
+
+
+def test_unknown_flag(typed, rows):
+    code, _, err = typed(*train("--dataset", rows, "--lora-rnak", "8"))
+    assert code == 2 and "--lora-rnak" in err
+
+
+def test_broken_row_is_named_by_file_and_line(typed, rows):
+    rows.write_text(rows.read_text() + '{"instruction": "Give", "output": \n')
+    code, _, err = typed(*train("--dataset", rows))
+    assert code == 2 and "rows.jsonl:41:" in err
+    assert not Path("runs").exists()
+
+
+def test_row_without_an_answer_stops_unless_skipped(typed, rows):
+    rows.write_text(rows.read_text() + json.dumps({"instruction": "Give the opposite of dry.", "output": " "}) + "\n")
+    code, _, err = typed(*train("--dataset", rows))
+    assert code == 2 and "rows.jsonl:41" in err
+    code, _, err = typed(*train("--dataset", rows, "--skip-bad-rows"))
+    assert code == 0, err
+    assert json.loads(Path("runs/instruct_rows/skipped_rows.jsonl").read_text())["output"] == " "
+
+
+def test_unknown_key_in_a_yaml_file(typed, rows):
+    Path("run.yaml").write_text("model_name: pocket\nlora:\n  rnak: 8\n")
+    code, _, err = typed(*train("--dataset", rows, "--config", "run.yaml"))
+    assert code == 2 and "run.yaml:3: unknown key `lora.rnak`" in err and "`r" in err
+
+
+def test_another_run_is_not_overwritten(typed, rows):
+    assert typed(*train("--dataset", rows))[0] == 0
+    kept = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    code, _, err = typed(*train("--dataset", rows))
+    assert code == 2 and "already holds another run" in err
+    assert kept == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+
+def limit_file_size():
+    "Let no file of the child grow past 64 KiB: what a full disk does, without one."
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+
+
+def start(*words, cwd, **options):
+    "A command in a process of its own."
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent)])}
+    return subprocess.Popen([sys.executable, "-m", "finetuning_kit.cli", *map(str, words)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+
+
+def test_full_disk(tmp_path, rows):
+    process = start(*train("--dataset", rows), cwd=tmp_path, preexec_fn=limit_file_size)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "disk is full" in err and "needs about" in err and "free" in err
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path, typed, rows):
+    words = ("train", "--base-model", "pocket", "--max-steps", "60", "--output-dir", "runs", "--dataset", rows)
+    process = start(*words, cwd=tmp_path)
+    events = tmp_path / "runs/instruct_rows/events.jsonl"
+    end = time.time() + 300
+    while not (events.exists() and '"type": "log"' in events.read_text()):
+        assert time.time() < end and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume auto" in err and "Traceback" not in err
+    assert not (tmp_path / "runs/instruct_rows/final_model").exists()
+    code, _, err = typed(*words, "--resume", "auto")
+    assert code == 0, err
+    assert json.loads((tmp_path / "runs/instruct_rows/run.json").read_text())["status"] == "finished"
