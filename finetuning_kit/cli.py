@@ -170,7 +170,7 @@ class RunScreen(Screen):
     def show_start(self, event):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("  [bold cyan]train   "), BarColumn(24), TextColumn("{task.description}"))
+        columns = (TextColumn("  [bold cyan]train    "), BarColumn(24), TextColumn("{task.description}"))
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
         self.task = self.progress.add_task("", total=event["n_steps"], completed=event["step"])
         self.progress.start()

@@ -282,7 +282,7 @@ def demo_config(
         dataset_format=DatasetFormat.CHAT, load_in_4bit=False,
         lora=LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
         training=TrainingConfig(
-            num_train_epochs=6, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=2e-3,
+            num_train_epochs=3, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=2e-3,
             warmup_steps=0.05, lr_scheduler_type="cosine", logging_steps=5))
     return config.replace(**changes)
 

@@ -311,7 +311,7 @@ class RunView:
         self.stop = W.Button(description="Stop", icon="stop", disabled=True, tooltip="finish the step, save, stop")
         self.bar = W.FloatProgress(value=0, max=1, layout={"flex": "1 1 auto", "width": "auto"})
         self.status = labelled("status")
-        self.plot = W.Image(value=PIXEL, format="png", layout={"width": "100%", "max_width": "880px", "display": "none"})
+        self.plot = W.Image(value=PIXEL, format="png", layout={"width": "100%", "display": "none"})
         for name in ("run", "stop", "bar", "plot"):
             getattr(self, name).add_class(f"ftk-{name}")
         self.run.on_click(lambda button: on_run())

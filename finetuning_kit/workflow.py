@@ -20,7 +20,7 @@ from .evaluation import Comparison, Evaluation, compare, completion_accuracy, ev
 from .formatting import DatasetFormatter, formatter_for
 from .loading import load_records, split_rows
 from .machine import precision_of, probe_machine, resolve_config
-from .merging import MergeCheck, merge_lora_weights, verify_merge
+from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
 from .models import count_parameters, load_model, load_tokenizer
 from .reading import read_rows
 from .records import Document
@@ -178,13 +178,13 @@ def model_card(
     hub = [f"base_model: {base}"] if base not in ("pocket", "a local model") else []
     head = ["---", "library_name: " + ("peft" if shape == "adapter" else "transformers"), *hub,
             "tags: [finetuning_kit]", "---"]
-    parts = [f"# {Path(data['source']).stem} on {base}",
+    parts = [f"# {base}, fine-tuned on {Path(data['source']).stem}",
              f"The {shape} of a fine-tuning run: {base}, trained on {data['rows']} rows "
              f"(`{data['source']}`, SHA-256 `{data['sha256'][:16]}…`).",
              "## Before and after", result.table(), "## Settings",
              markdown_table(["setting", "value"], [row[:2] for row in card_settings(config)])]
     if result.merge_check is not None:
-        parts += ["## Merged and verified", str(result.merge_check)]
+        parts += ["## Merged and verified", result.merge_check._repr_markdown_()]
     use = USE if shape == "model" else f"Attach it to the base model {base} with PEFT, or use `final_model`."
     return "\n".join(head) + "\n\n" + "\n\n".join([*parts, "## Use", use]) + "\n"
 
@@ -239,8 +239,9 @@ def merge_and_verify(
     n_prompts: int = 64,  # questions asked of both models
 ) -> MergeCheck:  # how far the merged model is from the trained one
     "Write the merged model into the run's folder and compare it with the trained one"
-    merge_lora_weights(config.model_name, run.folder.adapter, run.folder.final_model, precision_of(config),
-                       config.load_in_4bit)
+    base, trained_as = config.model_name, {"precision": precision_of(config), "load_in_4bit": config.load_in_4bit}
+    record_base(run.folder.adapter, base, **trained_as)
+    merge_lora_weights(base, run.folder.adapter, run.folder.final_model, **trained_as)
     records = [record for record in data.eval_records if not isinstance(record, Document)][:n_prompts]
     prompts = [encode_prompt(run.tokenizer, record, formatter_of(config)) for record in records]
     prompts = prompts or [row.input_ids[:64] for row in data.train_rows.rows[:n_prompts]]
