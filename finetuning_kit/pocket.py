@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'END', 'PAD', 'START', 'STOP', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'mark_lines', 'unmark_lines', 'split_words',
            'learn_pieces', 'train_tokenizer', 'pack_pages', 'new_model', 'rate_factor', 'pretrain', 'renew_embeddings',
            'write_rows', 'write_data', 'describe_files', 'check_manifest', 'save_pocket', 'measure_base',
-           'build_pocket', 'parse_arguments', 'main']
+           'build_pocket', 'parse_arguments', 'pocket_main']
 
 # %% ../nbs/21_pocket.ipynb #67d5af83
 import argparse
@@ -313,7 +313,7 @@ def parse_arguments(
     return parser.parse_args(arguments)
 
 
-def main(
+def pocket_main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> int:  # exit code
     "Make the pocket model from the command line"
@@ -332,4 +332,4 @@ def main(
 
 # %% ../nbs/21_pocket.ipynb #8c2fcd59
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, and has no file
-    raise SystemExit(main())
+    raise SystemExit(pocket_main())

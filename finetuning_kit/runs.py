@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'disk_guard', 'staged', 'RunFiles', 'RunLog', 'RunFolder',
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'disk_guard', 'staged', 'RunFiles', 'RunLog', 'RunFolder', 'end_line',
            'open_folder', 'plot_loss', 'png', 'file_hash', 'seal_checkpoint', 'checkpoint_damage', 'checkpoint_step',
            'saved_checkpoints', 'find_checkpoint', 'rows_hash', 'run_fingerprint', 'check_same_run']
 
@@ -184,6 +184,15 @@ class RunFolder(RunLog):
         return sorted(item.name for item in self.path.iterdir()) if self.path.is_dir() else []
 
 # %% ../nbs/12_runs.ipynb #aa973f58
+def end_line(
+    path: Path,  # a file of lines; it need not exist
+) -> None:
+    "End the last line of a file whose writer was killed in the middle of it."
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n")
+
+
 def open_folder(
     folder: RunFolder,  # where a run wants to write
     resume: str | int | None = None,  # not None: the run that lies there goes on
@@ -194,6 +203,7 @@ def open_folder(
         is_run = any(mark in held for mark in MARKS)
         if not held or (resume is not None and is_run):
             folder.path.mkdir(parents=True, exist_ok=True)
+            end_line(folder / "events.jsonl")
             folder.is_open = True
             return folder
     except OSError as error:
@@ -226,7 +236,7 @@ def plot_loss(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if axes.lines:
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="best")
     return figure
 
 

@@ -270,11 +270,14 @@ def trainer_arguments(
     if words["lr_scheduler_type"] == "constant" and words["warmup_steps"]:
         words["lr_scheduler_type"] = "constant_with_warmup"
     precision = precision_of(config)
-    return SFTConfig(
+    arguments = SFTConfig(
         **words, output_dir=str(folder.checkpoints), eval_strategy="steps" if evaluate else "no",
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
         report_to="none", disable_tqdm=True, log_level="error")
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # a process trains on one GPU; several are `accelerate launch`'s business
+    return arguments
 
 # %% ../nbs/13_trainer.ipynb #debb6fe0
 def make_trainer(

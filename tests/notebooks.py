@@ -72,7 +72,8 @@ def environment(home, root=ROOT, network=False) -> dict:
     "What a process of the tests gets: an empty home, no network, the package from the source tree."
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "offline"), str(root)])}
     online = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(root)}
-    keep = {"MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(Path(home, "matplotlib")))}
+    keep = {"MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(Path(home, "matplotlib"))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # more make small models slow on a busy machine
     return {**os.environ, **(online if network else offline), **keep, "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1",
             "HF_HOME": str(Path(home, "huggingface")), "IPYTHONDIR": str(Path(home, "ipython"))}
 

@@ -1,4 +1,4 @@
-"""Bad input at the command line: one sentence, exit code 2, no traceback, nothing overwritten; Ctrl-C can be resumed."""
+"""Bad input at the command line: a sentence, exit code 2, no traceback, nothing lost; Ctrl-C can be resumed."""
 import json
 import os
 import resource
