@@ -24,7 +24,8 @@ held_out = encode_records(tokenizer, load_records("pocket:test")[:32], max_lengt
 config = demo_config(output_dir=tempfile.mkdtemp(), num_train_epochs=EPOCHS, logging_steps=2, eval_steps=20)
 """
 KEEP = os.environ.get("FINETUNING_KIT_SCREENSHOT")
-CELLS = [SETUP.replace("EPOCHS", "6" if KEEP else "20"), "panel = TrainingPanel(config, rows, held_out)\npanel", "print('a later cell')"]
+CELLS = [SETUP.replace("EPOCHS", "6" if KEEP else "20"), "panel = TrainingPanel(config, rows, held_out)\npanel",
+         "print('a later cell')"]
 
 
 def wait_for_step(page, n):
