@@ -24,7 +24,7 @@ held_out = encode_records(tokenizer, load_records("pocket:test")[:32], max_lengt
 config = demo_config(output_dir=tempfile.mkdtemp(), num_train_epochs=EPOCHS, logging_steps=2, eval_steps=20)
 """
 KEEP = os.environ.get("FINETUNING_KIT_SCREENSHOT")
-CELLS = [SETUP.replace("EPOCHS", "6" if KEEP else "20"), "panel = TrainingPanel(config, rows, held_out)\npanel",
+CELLS = [SETUP.replace("EPOCHS", "3" if KEEP else "20"), "panel = TrainingPanel(config, rows, held_out)\npanel",
          "print('a later cell')"]
 
 
@@ -42,7 +42,7 @@ def picture(form) -> str:
 def keep_picture(page, form) -> None:
     "Keep a picture of the panel where the environment asks for it."
     if KEEP:
-        wait_for_step(page, 150)
+        wait_for_step(page, 120)
         Path(KEEP).parent.mkdir(parents=True, exist_ok=True)
         form.screenshot(path=KEEP)
         Image.open(KEEP).convert("RGB").quantize(128).save(KEEP, optimize=True)  # a third of the bytes
@@ -74,6 +74,7 @@ def test_training_panel():
         in_kernel(page, "panel.settings.set('training.max_steps', 6)")
         form.locator(".ftk-run").click()  # the second press: where most panels break
         form.locator(".ftk-status", has_text="finished: 6 steps").wait_for()
-        in_kernel(page, "assert panel.result.folder.path.name == 'instruct_pocket-2' and panel.result.folder.adapter.is_dir()")
+        in_kernel(page, "assert panel.result.folder.path.name == 'instruct_pocket-2'")
+        in_kernel(page, "assert panel.result.folder.adapter.is_dir()")
         assert form.locator("img.ftk-plot, .ftk-plot img").count() == 1
         assert page.locator(".jp-Cell-outputArea").last.inner_text().strip() == "a later cell", "output leaked"
