@@ -100,7 +100,7 @@ def test_wheel_runs_outside_the_tree(built, tmp_path):
     site = Path(subprocess.check_output([python, "-c", where], text=True))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n" + sysconfig.get_path("platlib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, wheel], check=True)
+    subprocess.run([*pip, "--ignore-installed", wheel], check=True, cwd=tmp_path)  # the borrowed one does not count
     where = "import finetuning_kit as kit; print(kit.__file__, kit.__version__)"
     outside = {"cwd": tmp_path, "text": True, "env": {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}}
     file, version = subprocess.check_output([python, "-c", where], **outside).rsplit(maxsplit=1)
