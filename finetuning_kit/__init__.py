@@ -1,10 +1,15 @@
 """The course you run and the library you keep: every public name of every chapter, loaded when it is first used."""
 import ast
 import importlib
+import logging
 from functools import lru_cache
 from pathlib import Path
 
 _HERE = Path(__file__).parent
+
+# On a CPU with bf16 instructions bitsandbytes warns, when it is imported, that a kernel could be downloaded. It works
+# without, and nothing here is downloaded that nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @lru_cache(maxsize=None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'knob_kind', 'Knob', 'knobs_of', 'to_control', 'from_control', 'apply_wish', 'PanelState', 'flat_knobs',
            'owner_of', 'panel_text', 'make_control', 'put', 'show_html', 'folded', 'labelled', 'lay_out',
-           'refresh_control', 'panel_html', 'PanelView', 'has_front_end', 'Panel', 'panel']
+           'refresh_control', 'panel_html', 'PanelView', 'has_front_end', 'Shown', 'Panel', 'panel']
 
 # %% ../nbs/03_knobs.ipynb #334580b9
 import base64
@@ -432,7 +432,18 @@ def has_front_end() -> bool:  # True when a widget would be seen
     return bool(request.get("allow_stdin", True))
 
 # %% ../nbs/03_knobs.ipynb #59fbe4f2
-class Panel(PanelState):
+class Shown:
+    "Shows its `widget` where somebody sees it, and prints its `text()` elsewhere"
+
+    def _ipython_display_(self):
+        if not has_front_end():
+            return print(self.text())
+        from IPython.display import display
+        display({"text/plain": self.text(), "application/vnd.jupyter.widget-view+json": {
+            "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}}, raw=True)
+
+# %% ../nbs/03_knobs.ipynb #d507e8aa
+class Panel(Shown, PanelState):
     "A panel: sliders where a front end answers, text elsewhere"
     view, text = None, panel_text
 
@@ -455,13 +466,6 @@ class Panel(PanelState):
 
     def __repr__(self):
         return self.text()
-
-    def _ipython_display_(self):
-        if not has_front_end():
-            return print(self.text())
-        from IPython.display import display
-        display({"text/plain": self.text(), "application/vnd.jupyter.widget-view+json": {
-            "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}}, raw=True)
 
 
 def panel(

@@ -303,6 +303,7 @@ def verify_merge(
     figures = compare_logits(adapter_model, merged, prompts)
     answers = [generate_answers(model, tokenizer, prompts, max_new_tokens) for model in (adapter_model, merged)]
     adapter_model.train(was_training[0]), merged.train(was_training[1])
-    form = "4-bit" if getattr(adapter_model, "is_loaded_in_4bit", False) else str(merged.dtype).split(".")[-1]
+    forms = {str(model.dtype).split(".")[-1] for model in (adapter_model, merged)}
+    forms |= {"4-bit"} if getattr(adapter_model, "is_loaded_in_4bit", False) else set()
     return MergeCheck(len(prompts), n_same_answers=sum(a == b for a, b in zip(*answers)),
-                      limit=MERGE_LIMITS[form] if limit is None else limit, **figures)
+                      limit=max(map(MERGE_LIMITS.get, forms)) if limit is None else limit, **figures)

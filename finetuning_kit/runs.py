@@ -20,7 +20,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'disk_guard', 'staged', 'RunFiles', 'RunLog', 'RunFolder', 'end_line',
            'open_folder', 'plot_loss', 'png', 'file_hash', 'seal_checkpoint', 'checkpoint_damage', 'checkpoint_step',
-           'saved_checkpoints', 'find_checkpoint', 'rows_hash', 'run_fingerprint', 'check_same_run']
+           'saved_checkpoints', 'find_checkpoint', 'rows_hash', 'run_fingerprint', 'check_same_run', 'find_start']
 
 # %% ../nbs/12_runs.ipynb #929cef92
 from .config import FineTuningConfig
@@ -46,7 +46,7 @@ def disk_guard(
         free = shutil.disk_usage(home).free
         raise FinetuningError(
             f"the disk is full: `{path}` needs about {max(n_bytes, 1) / 2**20:,.2f} MiB, {free / 2**20:,.2f} MiB are "
-            "free; what was saved before is whole: make room, then resume the run (resume=\"auto\")") from error
+            "free; what was saved before is whole: make room, then go on with the run: `resume` set to auto") from error
 
 # %% ../nbs/12_runs.ipynb #d09676a5
 @contextmanager
@@ -210,7 +210,7 @@ def open_folder(
         raise FinetuningError(
             f"`output_dir`: cannot use the folder `{folder.path}`: {error.strerror}; choose another") from error
     what = "another run" if is_run else f"{len(held)} files that no run wrote, such as `{held[0]}`"
-    advice = "; to go on with it, resume it (resume=\"auto\")" if is_run else ""
+    advice = "; to go on with it, set `resume` to auto" if is_run else ""
     raise FinetuningError(f"`output_dir`: the folder `{folder.path}` already holds {what}; "
                           f"nothing in it was changed; choose another `output_dir`{advice}")
 
@@ -320,7 +320,7 @@ def find_checkpoint(
     damage = checkpoint_damage(path)
     if damage:
         raise FinetuningError(f"`resume`: {path.name} cannot be used: {damage}; "
-                              "resume=\"auto\" takes the newest whole one")
+                              "auto takes the newest whole one")
     return path
 
 # %% ../nbs/12_runs.ipynb #0ad8cc3d
@@ -363,3 +363,13 @@ def check_same_run(
         raise FinetuningError(f"`resume`: {checkpoint.name} was made with other settings: {'; '.join(changed)}; "
                               "take them back, or start a new run in another `output_dir`")
     return saved
+
+# %% ../nbs/12_runs.ipynb #5a46d42f
+def find_start(
+    folder: RunFolder,  # the run's folder; nothing in it is changed
+    resume: str | int | Path | None,  # as in `find_checkpoint`
+    fingerprint: dict,  # what decides the run's weights
+) -> tuple[Path | None, dict]:  # where to go on, and what that checkpoint remembers; None and {}: from the beginning
+    "Find the checkpoint to go on from, and refuse another run's."
+    checkpoint = find_checkpoint(folder, resume)
+    return checkpoint, check_same_run(checkpoint, fingerprint) if checkpoint else {}

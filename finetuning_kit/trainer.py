@@ -18,19 +18,19 @@ __all__ = ['check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_
            'QuietTrainer', 'KitTrainer', 'trainer_arguments', 'make_trainer', 'labelled_positions', 'own_forward',
            'interrupts', 'memory_guard']
 
-# %% ../nbs/13_trainer.ipynb #634afcc7
-import torch
-from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
-from trl.trainer import utils as trl_utils
-
 # %% ../nbs/13_trainer.ipynb #a85447ad
 from .config import FineTuningConfig
 from .machine import precision_of
 from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
 from .settings import FinetuningError
 from .tokens import EncodedRow, to_dataset
+
+# %% ../nbs/13_trainer.ipynb #634afcc7
+import torch
+from peft import PeftModel
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 # %% ../nbs/13_trainer.ipynb #94e8e3be
 def check_rows(

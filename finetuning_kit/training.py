@@ -21,23 +21,23 @@ __all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'Trained
            'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView', 'RunPanel',
            'WorkingPanel', 'TrainingPanel']
 
-# %% ../nbs/14_training.ipynb #208e11ce
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import set_seed
-
 # %% ../nbs/14_training.ipynb #011c04e9
 import finetuning_kit
 from .config import FineTuningConfig, LoRAConfig, save_config
-from .knobs import STYLE, folded, has_front_end, labelled, owner_of, panel
+from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import precision_of, probe_machine, resolve_config
 from .models import count_parameters, load_model, load_tokenizer, quiet_libraries
-from .runs import RunFolder, check_same_run, checkpoint_step, disk_guard, find_checkpoint
-from .runs import plot_loss, png, run_fingerprint, saved_checkpoints
+from .runs import RunFolder, checkpoint_step, disk_guard, find_start, plot_loss, png, run_fingerprint
+from .runs import saved_checkpoints
 from .settings import FinetuningError
 from .tokens import EncodedRow
 from .trainer import RunProgress, check_fit, check_rows, interrupts, labelled_positions, make_trainer
 from .trainer import memory_guard, own_forward, save_weights
+
+# %% ../nbs/14_training.ipynb #208e11ce
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import set_seed
 
 # %% ../nbs/14_training.ipynb #de7cd7ed
 def add_lora(
@@ -191,8 +191,7 @@ def open_run(
     tokenizer = tokenizer or load_tokenizer(config.model_name)
     config, settled = resolve_config(config, tokenizer=tokenizer)
     folder, fingerprint = folder or RunFolder.for_config(config), run_fingerprint(config, *rows)
-    checkpoint = find_checkpoint(folder, resume)
-    saved = check_same_run(checkpoint, fingerprint) if checkpoint else {}
+    checkpoint, saved = find_start(folder, resume, fingerprint)
     if not folder.is_open:
         folder.open(resume)
     model = prepare_model(config, model)
@@ -340,7 +339,7 @@ class RunView:
             self.plot.value, self.plot.layout.display = picture, None
 
 # %% ../nbs/14_training.ipynb #1aba9524
-class RunPanel:
+class RunPanel(Shown):
     "Settings and the state of a run, on the screen where a front end answers, in lines of text elsewhere."
 
     def __init__(
@@ -358,13 +357,6 @@ class RunPanel:
     def text(self) -> str:  # lines
         "The panel as plain text."
         return f"{self.settings.text()}\n\n{self.status}"
-
-    def _ipython_display_(self):
-        if not has_front_end():
-            return print(self.text())
-        from IPython.display import display
-        display({"text/plain": self.text(), "application/vnd.jupyter.widget-view+json": {
-            "version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}}, raw=True)
 
     def say(
         self,

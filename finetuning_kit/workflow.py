@@ -24,7 +24,7 @@ from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
 from .models import count_parameters, load_model, load_tokenizer
 from .reading import read_rows
 from .records import Document
-from .runs import RunFiles, RunFolder
+from .runs import RunFiles, RunFolder, find_start, run_fingerprint
 from .settings import FinetuningError, markdown_table, setting_rows
 from .tokens import EncodedSet, RowView, encode_prompt, encode_records, show_row
 from .training import TrainedRun, free_folder, train
@@ -321,15 +321,16 @@ def fine_tune(
     notes, row_view = notes + data.notes, show_row(tokenizer, data.train_rows[0])
     tell({"type": "stage", "name": "data", "config": config, "data": data, "row_view": row_view,
           "machine": str(probe_machine()), "notes": notes})
-    folder = (folder or RunFolder.for_config(config)).open(resume)
-    start_account(folder, data, tokenizer)
+    folder, rows = folder or RunFolder.for_config(config), (data.train_rows.rows, data.eval_rows.rows)
+    find_start(folder, resume, run_fingerprint(config, *rows))
+    folder.open(resume)
     model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=precision_of(config),
                        device=config.device_map)
+    start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
     before = measure(model, tokenizer, config, data, max_answers)
     tell({"type": "stage", "name": "train"})
-    run = train(config, data.train_rows.rows, data.eval_rows.rows, model=model, tokenizer=tokenizer, folder=folder,
-                on_event=on_event, resume=resume)
+    run = train(config, *rows, model=model, tokenizer=tokenizer, folder=folder, on_event=on_event, resume=resume)
     result = FineTuned(run.config, folder, data, row_view, run, notes=notes + run.notes)
     if run.status == "finished":
         judge(result, before, max_answers, tell)
