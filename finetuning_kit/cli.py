@@ -168,6 +168,8 @@ class RunScreen(Screen):
         self.line("model", f"{config.model_name}; {event['machine']}")
         self.line("rows", f"{counts} ({data.fingerprint['source']})")
         self.line("check", f"{data.report.headline}\nlooked for {', '.join(data.report.issues).replace('_', ' ')}")
+        for finding in data.report.findings:
+            self.line(finding.severity, f"{finding.count} × {finding.message} ({finding.where()}); {finding.fix}")
         for note in event["notes"]:
             self.line("note", note)
         self.line("one row", row_lines(event["row_view"]))
