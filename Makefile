@@ -39,7 +39,8 @@ clean:  ## Remove the environment and what was built; runs/ stays
 	find finetuning_kit tests .ci -name __pycache__ -prune -exec rm -rf {} +
 
 # The set-up. It is done once; it runs again when one of the settings has changed. setuptools comes first so that
-# nothing is built in isolation, which would want the network each time.
+# nothing is built in isolation, which would want the network each time. The tests try the panels on ipywidgets 7 too,
+# which Colab has: it lies in a folder of its own, beside the packages.
 $(VENV)/ready-to-run: $(SETTINGS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'finetuning_kit needs Python 3.10 or newer; `$(PYTHON)` is not. Try: make PYTHON=python3.11 $(MAKECMDGOALS)' >&2; exit 2; }
@@ -49,6 +50,7 @@ $(VENV)/ready-to-run: $(SETTINGS)
 	$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
-$(VENV)/ready-to-test: $(VENV)/ready-to-run
+$(VENV)/ready-to-test: $(VENV)/ready-to-run Makefile
 	$(PIP) install --quiet --no-build-isolation --constraint constraints.txt --editable '.[all,dev]'
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/ipywidgets7 ipywidgets==7.7.1 ipython-genutils==0.2.0
 	@touch $@

@@ -43,6 +43,8 @@ def __getattr__(name: str):
     "Find a public name in the chapter that defines it, or a chapter's module by its own name."
     if name == "__version__":
         return _version()
+    if name == "__all__":  # asked for by `from finetuning_kit import *`
+        return sorted(_public_names())
     if not name.startswith("_"):
         if name in _public_names():
             value = getattr(importlib.import_module(f"{__name__}.{_public_names()[name]}"), name)

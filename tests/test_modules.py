@@ -35,6 +35,12 @@ def test_public_names():
     none_of(checks.public_name_problems(ROOT))
 
 
+def test_star_import():
+    names = {}
+    exec("from finetuning_kit import *", names)
+    assert {"fine_tune", "panel", "load_config", "pretrain"} <= names.keys()
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_documentation(path):
     none_of(checks.documentation_problems(path))
