@@ -23,7 +23,7 @@ settings = panel(demo_config(), 100)
 sliders = [child for box in settings.widget.children for child in getattr(box, "children", [])]
 assert len(sliders) > 5, sliders
 settings.set("lora.r", 8)
-_, rank = settings.view.controls["lora.r"]
+_, rank, _ = settings.view.controls["lora.r"]
 assert rank.value == 8
 rank.value = 4
 assert settings.config.lora.r == 4
