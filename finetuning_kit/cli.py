@@ -230,7 +230,7 @@ def score_table(
         table.add_row("plain facts kept", f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f}", "")
     return table
 
-
+# %% ../nbs/19_cli.ipynb #6f1d7d2e
 def show_result(
     console,  # a rich console
     result,  # a `FineTuned`
@@ -245,7 +245,8 @@ def show_result(
             console.print(f"    tuned  [green]{one_line(sample['after'])}[/]")
     if result.merge_check is not None:
         check = result.merge_check
-        verdict = "[green]merged model verified[/]" if check.passed else "[red]merged model differs[/]"
+        off = f"{check.relative_difference:.1%} of what training changed, {check.limit:.1%} is allowed; use the adapter"
+        verdict = "[green]merged model verified[/]" if check.passed else f"[red]merged model differs[/] by {off}"
         console.print(f"\n  {verdict}: {check.n_same_answers} of {check.n_prompts} answers equal, "
                       f"logits within {check.max_logit_difference:.0e}")
     console.print(f"\n  [bold]{one_line(str(result.folder.path), 76)}[/]")

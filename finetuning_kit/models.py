@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pocket_model_path', 'check_model_config', 'cached_file', 'ask_hub', 'resolve_model_name', 'model_files', 'base_of',
            'quiet_libraries', 'control_tokens', 'end_length', 'end_of_turn_id', 'stop_token_ids', 'choose_pad_token',
-           'load_tokenizer', 'torch_dtype', 'four_bit_config', 'load_model', 'load_adapter', 'check_vocabulary',
-           'ParameterCount', 'count_parameters', 'get_target_modules']
+           'load_tokenizer', 'torch_dtype', 'four_bit_config', 'keep_gradients', 'load_model', 'load_adapter',
+           'check_vocabulary', 'ParameterCount', 'count_parameters', 'get_target_modules']
 
 # %% ../nbs/09_models.ipynb #18775ae3
 import json
@@ -318,6 +318,20 @@ def four_bit_config(
         bnb_4bit_compute_dtype=torch_dtype(precision),
     )
 
+# %% ../nbs/09_models.ipynb #ca1fd2c7
+def keep_gradients(
+    model,  # a model whose linear layers are in four bits
+):  # the same model
+    "Keep bitsandbytes from packing weights for a CPU kernel without gradients"
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise FinetuningError("the 4-bit model has answered before, and bitsandbytes packed its weights for "
+                                  "answering only, without gradients; load it again with `load_model`")
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
 # %% ../nbs/09_models.ipynb #16be146c
 def load_model(
     name: str,  # "pocket", a folder (an adapter's too), or a repository on the Hub
@@ -347,7 +361,7 @@ def load_model(
     if missing:
         raise FinetuningError(f"`model_name` {name!r} lacks {len(missing)} weights, such as {missing[0]}; "
                               "the folder is incomplete or its config.json belongs to another model")
-    return model.eval()
+    return keep_gradients(model).eval()
 
 # %% ../nbs/09_models.ipynb #1569fc28
 def load_adapter(

@@ -26,7 +26,7 @@ import finetuning_kit
 from .config import FineTuningConfig, LoRAConfig, save_config
 from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import precision_of, probe_machine, resolve_config
-from .models import count_parameters, load_model, load_tokenizer, quiet_libraries
+from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
 from .runs import RunFolder, checkpoint_step, disk_guard, find_start, plot_loss, png, run_fingerprint
 from .runs import saved_checkpoints
 from .settings import FinetuningError
@@ -79,6 +79,8 @@ def prepare_model(
         precision = precision_of(config) if config.lora else "fp32"
         model = load_model(config.model_name, config.load_in_4bit, precision, device)
     in_4bit = getattr(model, "is_loaded_in_4bit", False)
+    if in_4bit:
+        keep_gradients(model)
     set_seed(config.training.seed)
     if config.lora is None and in_4bit:
         raise FinetuningError("`lora` is null and the model is in 4 bits, whose weights cannot be trained; "

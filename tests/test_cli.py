@@ -93,6 +93,16 @@ def test_another_run_is_not_overwritten(typed, rows):
     assert kept == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("flag", [
+    ("--mixed-precision", "bf16", "--max-steps", "24"), ("--load-in-4bit",), ("--full", "--lr", "1e-5")])
+def test_other_ways_to_train(typed, rows, flag):
+    code, out, err = typed(*train("--dataset", rows, *flag))
+    assert (code, err) == (0, "") and "Traceback" not in out
+    metrics = json.loads(Path("runs/instruct_rows/metrics.json").read_text())
+    assert ("merge" in metrics) == ("--full" not in flag)
+    assert metrics.get("merge", {"passed": True})["passed"]
+
+
 def limit_file_size():
     "Let no file of the child grow past 64 KiB: what a full disk does, without one."
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
