@@ -12,7 +12,7 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 14
 
-demo: $(VENV)/ready-to-run  ## Set up, then fine-tune the shipped model: data to merged model, under a minute
+demo: $(VENV)/ready-to-run  ## Set up, then fine-tune the shipped model: data to merged model, about a minute
 	$(BIN)/finetuning-kit demo $(ARGS)
 
 test: $(VENV)/ready-to-test  ## Set up as for the demo, add the tools of the tests, and run all tests (ARGS="-k layers")
@@ -21,7 +21,7 @@ test: $(VENV)/ready-to-test  ## Set up as for the demo, add the tools of the tes
 export: $(VENV)/ready-to-test  ## Export the chapters to finetuning_kit/
 	$(BIN)/nbdev-export
 
-notebooks: $(VENV)/ready-to-test  ## Run chapters from a fresh kernel and store their outputs (NB="nbs/00_config.ipynb")
+notebooks: $(VENV)/ready-to-test  ## Run chapters from a fresh kernel and store their outputs (NB="nbs/01_config.ipynb")
 	$(BIN)/python -m tests.notebooks --store $(NB)
 
 readme: $(VENV)/ready-to-test  ## Render nbs/index.ipynb to README.md

@@ -283,7 +283,8 @@ def demo_config(
         lora=LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
         training=TrainingConfig(
             num_train_epochs=3, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=2e-3,
-            warmup_steps=0.05, lr_scheduler_type="cosine", logging_steps=5, bf16=False))
+            warmup_steps=0.05, lr_scheduler_type="cosine", logging_steps=5, eval_steps=100,
+            bf16=False))
     return config.replace(**changes)
 
 # %% ../nbs/01_config.ipynb #4b1cc8ad

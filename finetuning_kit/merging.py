@@ -247,7 +247,7 @@ class MergeCheck:
         return [["prompts, positions", f"{self.n_prompts}, {self.n_positions}"],
                 ["largest difference of a logit", f"{self.max_logit_difference:.1e}"],
                 ["difference relative to the adapter's effect", f"{self.relative_difference:.1e}"],
-                ["allowed", f"{self.limit:.0e}"],
+                ["allowed (relative)", f"{self.limit:.0e}"],
                 ["same first choice", f"{self.top1_agreement:.2%}"],
                 ["same greedy answers", f"{self.n_same_answers} of {self.n_prompts}"],
                 ["passed", "yes" if self.passed else "no"]]

@@ -277,7 +277,7 @@ def measure_base(
 def build_pocket(
     output_dir: Path,  # a new folder
     seed: int = 0,  # decides groups, pages, weights and data
-    n_documents: int = 160_000,  # pages of pre-training
+    n_documents: int = 320_000,  # pages of pre-training
     vocab_size: int = 2048,  # tokens
     on_step: Callable[[dict], None] | None = None,  # called at each step of pre-training
     **changes,  # fields of LlamaConfig to change
@@ -297,7 +297,8 @@ def build_pocket(
     figures = {"tokens": windows.size, "last_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4)}
     manifest = {
         "command": f"python -m finetuning_kit.pocket --output-dir DIR --seed {seed} --n-documents {n_documents}",
-        "seed": seed, "figures": {**figures, **measure_base(folder, seed)}, "files": describe_files(folder)}
+        "seed": seed, "changes": changes,
+        "figures": {**figures, **measure_base(folder, seed)}, "files": describe_files(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -309,7 +310,7 @@ def parse_arguments(
     parser = argparse.ArgumentParser(prog="python -m finetuning_kit.pocket", description=build_pocket.__doc__)
     parser.add_argument("--output-dir", required=True, help="a new folder for model, data, tables and manifest")
     parser.add_argument("--seed", type=int, default=0, help="decides groups, pages, weights and data (default 0)")
-    parser.add_argument("--n-documents", type=int, default=160_000, help="pages of pre-training (default 160000)")
+    parser.add_argument("--n-documents", type=int, default=320_000, help="pages of pre-training (default 320000)")
     return parser.parse_args(arguments)
 
 

@@ -237,14 +237,15 @@ def train(
 # %% ../nbs/14_training.ipynb #ce96beb9
 def free_folder(
     config: FineTuningConfig,  # names the run
+    last: bool = False,  # True: the one before, where the newest run lies
 ) -> RunFolder:  # `<task>_<dataset>`, or the first of `-2`, `-3`, ... that holds nothing
-    "Find a folder for one more run."
+    "Find a folder for one more run, or the one of the last run."
     first, n = RunFolder.for_config(config), 1
-    folder = first
+    before = folder = first
     while folder.held():
         n += 1
-        folder = RunFolder(f"{first.path}-{n}")
-    return folder
+        before, folder = folder, RunFolder(f"{first.path}-{n}")
+    return before if last else folder
 
 
 def end_words(

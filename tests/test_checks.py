@@ -203,6 +203,8 @@ FAULTS = [  # what does it, which check, words of its complaint
     (beta_with(f"---\n{LAST}", f"---\n2\n---\nprint(3)\n---\n{LAST}"), "outputs", "prints, but has no stored output"),
     (lambda t: replace(t / "nbs/01_beta.ipynb", '"metadata": {\n  "k', '"metadata": {"widgets": {},\n  "k'), "outputs",
      "metadata holds widget state"),
+    (lambda t: replace(t / "nbs/01_beta.ipynb", '"metadata": {}', '"metadata": {"lines_to_next_cell": 1}'), "outputs",
+     "jupytext's metadata"),
     (lambda t: with_output(t, output_type="error", ename="", evalue="", traceback=[]), "outputs", "holds an error"),
     (lambda t: with_output(t, name="stderr", text="Loading"), "outputs", "error stream"),
     (lambda t: with_output(t, output_type="display_data", data={WIDGET_VIEW: {}}), "outputs", "a widget view"),
