@@ -401,7 +401,7 @@ def read_bytes(
 ) -> bytes:  # what it holds
     "Read a file whole, or say why it cannot be read"
     if os.path.isdir(path):
-        raise FinetuningError(f"{path.name}: this is a folder; name one file in it")
+        raise FinetuningError(f"{path.name or path}: this is a folder; name one file in it")
     if not os.path.exists(path):
         beside = [other.name for other in path.parent.glob("*")] if os.path.isdir(path.parent) else []
         near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)

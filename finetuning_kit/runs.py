@@ -114,7 +114,10 @@ class RunLog(RunFiles):
     ) -> dict:  # its content; {} where there is no such file
         "Read one of the folder's JSON files."
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise FinetuningError(f"`{path}` is damaged ({error}); choose another `output_dir`") from None
 
     def update_json(
         self,

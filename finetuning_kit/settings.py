@@ -40,8 +40,7 @@ def knob(
     **more,  # pydantic's limits (`ge`, `gt`, `le`, `lt`, …) and ours: `also`, `advice`, `slider`, `step`, `log`, `fold`
 ):  # a pydantic field
     "Declare a setting once: default, limits, help, advice, slider"
-    ours = ("also", "advice", "slider", "step", "log", "fold")
-    extra = {key: more.pop(key) for key in ours if key in more}
+    extra = {key: more.pop(key) for key in ("also", "advice", "slider", "step", "log", "fold") if key in more}
     start = {"default_factory": default} if callable(default) else {"default": default}
     return Field(**start, description=description, json_schema_extra=extra, **more)
 
@@ -60,8 +59,7 @@ def range_words(
     schema: dict,  # JSON schema of one setting
 ) -> str:  # such as "at least 0 and below 1"; empty when there is no limit
     "Say which numbers a setting takes"
-    words = {"minimum": "at least", "exclusiveMinimum": "above",
-             "maximum": "at most", "exclusiveMaximum": "below"}
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     return " and ".join(f"{words[key]} {schema[key]:g}" for key in words if key in schema)
 
 # %% ../nbs/00_settings.ipynb #b7e9bf5d
@@ -116,8 +114,7 @@ def setting_names(
     "List the words for every setting: its name, its dotted name, what others call it"
     names = {}
     for name, field in model.model_fields.items():
-        inner = group_of(field)
-        extra = field.json_schema_extra or {}
+        inner, extra = group_of(field), field.json_schema_extra or {}
         for word in dict.fromkeys([name, prefix + name, *extra.get("also", ())]):
             names.setdefault(word, []).append(prefix + name)
         for word, paths in (setting_names(inner, f"{prefix}{name}.") if inner else {}).items():
@@ -356,8 +353,7 @@ def markdown_table(
 ) -> str:  # Markdown
     "Write a Markdown table in which any text is safe"
     def cell(value):
-        text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
-        return " ".join(text.split())
+        return " ".join(str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").split())
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
@@ -399,8 +395,7 @@ def parse_yaml(
     try:
         for event in yaml.parse(text, Loader=SettingsLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
-                raise FinetuningError(f"{file}:{line}: `*{event.anchor}` is not read in settings; write the value out")
+                raise FinetuningError(f"{file}:{event.start_mark.line + 1}: *{event.anchor} is not read: write it out")
         loader = SettingsLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
@@ -413,8 +408,11 @@ def parse_yaml(
         raise FinetuningError(f"{file}:{mark.line + 1}:{mark.column + 1}: not valid YAML, {error.problem}; "
                               "check indentation, colons and quotes") from None
     except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise FinetuningError(f"{file}:{line}: holds a character that YAML forbids; remove it") from None
+        raise FinetuningError(f"{file}:{text.count(chr(10), 0, error.position) + 1}: holds a character that YAML "
+                              "forbids; remove it") from None
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:  # PyYAML's own, on a date in month 13, say
+        raise error if isinstance(error, FinetuningError) else FinetuningError(
+            f"{file}: a value cannot be read ({error}); put it in quotes") from None
 
 # %% ../nbs/00_settings.ipynb #119a5276
 def settings_yaml(
@@ -430,7 +428,10 @@ def settings_yaml(
             lines.append(settings_yaml(value, indent + "  ").rstrip("\n"))
         else:
             plain = settings.model_dump(mode="json", include={name})[name]
-            shown = yaml.safe_dump([plain], default_flow_style=True, width=10**6, allow_unicode=True)[1:-2]
+            look = {"default_flow_style": True, "width": 10**6, "allow_unicode": True}
+            shown = yaml.safe_dump([plain], **look)[1:-2]
+            if yaml.load(shown, Loader=SettingsLoader) != plain:  # the text 2e-4 needs quotes
+                shown = yaml.safe_dump([plain], default_style='"', **look)[1:-2]
             lines.append(f"{indent}{mark}{name}: {shown}".ljust(48) + f"  # {field.description}")
     return "\n".join(lines) + "\n"
 
