@@ -1,4 +1,5 @@
 """The sdist and the wheel hold what they should, and the wheel runs where it is installed; no network is used."""
+import os
 import shutil
 import subprocess
 import sys
@@ -105,4 +106,8 @@ def test_wheel_runs_outside_the_tree(built, tmp_path):
     outside = {"cwd": tmp_path, "text": True, "env": {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}}
     file, version = subprocess.check_output([python, "-c", where], **outside).rsplit(maxsplit=1)
     assert file.startswith(str(site)) and f"-{version}-" in wheel.name
-    assert "demo" in subprocess.check_output([python.parent / "finetuning-kit", "--help"], **outside)
+    command = python.parent / "finetuning-kit"
+    assert "demo" in subprocess.check_output([command, "--help"], **outside)
+    outside["env"]["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    assert "merged model verified" in subprocess.check_output([command, "demo"], **outside)
+    assert (tmp_path / "runs" / "instruct_pocket" / "final_model" / "model.safetensors").is_file()
