@@ -115,8 +115,8 @@ class RunLog(RunFiles):
         "Read one of the folder's JSON files."
         path = self.path / name
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError) as error:
             raise FinetuningError(f"`{path}` is damaged ({error}); choose another `output_dir`") from None
 
     def update_json(
@@ -280,8 +280,8 @@ def checkpoint_damage(
 ) -> str | None:  # what is wrong; None when every file is as it was saved
     "Compare a checkpoint with its seal."
     try:
-        files = json.loads((Path(path) / "progress.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files = dict(json.loads((Path(path) / "progress.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "it has no readable `progress.json`, so no run of this kit saved it to the end"
     for name, digest in files.items():
         file = Path(path) / name
@@ -361,8 +361,8 @@ def check_same_run(
     "Refuse to go on from another run's checkpoint, and name every difference."
     saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
     old = saved.get("fingerprint", {})
-    changed = [f"`{name}` was {old.get(name)} and is {value}" for name, value in fingerprint.items()
-               if old.get(name) != value]
+    changed = [f"`{name}` was {old.get(name)} and is {fingerprint.get(name)}" for name in {**fingerprint, **old}
+               if old.get(name) != fingerprint.get(name)]
     if changed:
         raise FinetuningError(f"`resume`: {checkpoint.name} was made with other settings: {'; '.join(changed)}; "
                               "take them back, or start a new run in another `output_dir`")

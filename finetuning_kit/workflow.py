@@ -320,6 +320,9 @@ def open_place(
 ) -> RunFolder:  # open
     "Open a run's folder, unless that would harm a run that lies there"
     folder = folder or RunFolder.for_config(config)
+    if (Path(config.model_name) / "adapter_config.json").is_file():
+        raise FinetuningError(f"`model_name`: `{config.model_name}` is an adapter; name a whole model, such as the "
+                              "`final_model` that a run keeps beside its `adapter`")
     if resume is not None and folder.load_json("run.json").get("complete"):
         raise FinetuningError(f"`resume`: the run in `{folder.path}` is complete, and nothing in it was changed; "
                               "to train again, choose another `output_dir`")
