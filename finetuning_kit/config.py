@@ -101,6 +101,7 @@ class TrainingConfig(Schedule):
                                fold=True)
     max_grad_norm: float = knob(1.0, "longest gradient allowed; a longer one is shortened", ge=0, slider=[0, 5],
                                 step=0.1, fold=True)
+    packing: bool = knob(False, "several short rows in one, each seeing itself alone: less padding", fold=True)
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, slower", fold=True)
     per_device_eval_batch_size: int = knob(4, "rows in one forward pass of an evaluation", ge=1, slider=[1, 64],
                                            fold=True)
@@ -145,7 +146,15 @@ class RunSettings(Settings):
     task: Literal["chat", "code", "instruct", "domain", "custom"] = knob("instruct", "what the model is to learn")
     dataset_format: DatasetFormat = knob(DatasetFormat.ALPACA, "how a row is shown to the model")
     max_seq_length: int = knob(512, "longest row, in tokens", ge=2, also=["max_length"], slider=[64, 4096], step=64)
-    over_length: Literal["drop", "truncate", "refuse"] = knob("drop", "what happens to longer rows", fold=True)
+    over_length: Literal["drop", "cut_prompt", "cut_end", "split", "raise"] = knob(
+        "drop", "what happens to longer rows", fold=True)
+    train_on: Literal["answers", "last_answer", "all", "weights"] = knob(
+        "answers", "what counts in the loss; weights: only what the rows give a weight", fold=True)
+    mapping: str | None = knob(None, 'how the columns are read: a format, "q=prompt, a=completion", or '
+                               '"dataset_info.json:name"; none: it is found out', fold=True)
+    allow_mixture: bool = knob(False, "accept rows of several shapes in one file", fold=True)
+    stratify_by: str | None = knob(None, "column whose values are held out in equal shares", fold=True)
+    group_by: str | None = knob(None, "column whose equal values stay on one side of the split", fold=True)
     on_bad: Literal["stop", "skip"] = knob("stop", "what happens when rows have an error", fold=True)
     load_in_4bit: bool = knob(True, "keep the frozen weights in 4 bits (QLoRA)")
     device_map: str = knob("auto", "where the model lives: auto, cpu, cuda:0", min_length=1, fold=True)
