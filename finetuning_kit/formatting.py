@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 # %% auto #0
-__all__ = ['SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'read_turns', 'to_messages', 'user_text', 'to_sample',
+__all__ = ['TURN_KEYS', 'CALL', 'PLAIN_STYLE', 'PART_TYPES', 'SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'RowError',
+           'kind_name', 'nearest_name', 'TurnStyle', 'turn_fields', 'read_role', 'read_calls', 'from_json',
+           'read_tools', 'read_parts', 'cut_parts', 'read_turn', 'to_messages', 'user_text', 'to_sample',
            'DatasetFormatter', 'AlpacaFormatter', 'InstructionFormatter', 'CompletionFormatter', 'ChatFormatter',
            'ShareGPTFormatter', 'locate_answer', 'formatter_for']
 
@@ -20,26 +25,227 @@ from .records import Conversation, Message, TrainingSample, canonical_role
 from .settings import FinetuningError
 
 # %% ../nbs/04_formatting.ipynb #91b08cc9
-def read_turns(
-    turns: list,  # mappings with `role` and `content`, or with `from` and `value`, or messages
-) -> list[Message]:  # the same turns, their roles in canonical spelling
-    "Read the turns of a conversation under either pair of names"
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if isinstance(turn, Message):
-            messages.append(turn)
+class RowError(FinetuningError):
+    "A row that cannot be read, with a code for programs; whoever knows the row's place adds it"
+
+    def __init__(
+        self,
+        code: str,  # short name of the fault, such as "missing_key"
+        problem: str,  # what is wrong and what to do
+    ):
+        super().__init__(problem)
+        self.code, self.problem = code, problem
+
+
+def kind_name(
+    value,  # any value that a row can hold
+) -> str:  # what it is, without quoting a text
+    "Name the kind of a value as JSON would"
+    names = {dict: "an object", list: "a list", str: "text", bool: str(value).lower(), type(None): "null",
+             int: f"the number {value!s:.20}", float: f"the number {value!s:.20}"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+@lru_cache(maxsize=1024)
+def nearest_name(
+    name: str,  # a column, or a key of a turn
+    known: frozenset[str],  # names that are understood
+) -> str | None:  # the one it was probably meant to be, None if none is near
+    "Find the name that a misspelt one was meant to be"
+    near = difflib.get_close_matches(str(name).strip().lower(), sorted(known), n=1, cutoff=0.8)
+    return near[0] if near else None
+
+# %% ../nbs/04_formatting.ipynb #21e29a45
+TURN_KEYS = {  # key -> what it holds
+    "role": "role", "from": "role", "content": "content", "value": "content", "reasoning_content": "thinking",
+    "thinking": "thinking", "reasoning": "thinking", "tool_calls": "tool_calls", "function_call": "function_call",
+    "tool_call_id": "tool_call_id", "name": "name", "weight": "weight", "loss_weight": "weight", "parts": "parts"}
+CALL = "function_call"  # a turn of this role holds calls as JSON
+
+
+@dataclass(frozen=True)
+class TurnStyle:
+    "How a data set spells the turns of its conversations, where it departs from what is usual"
+    keys: dict = field(default_factory=dict)  # key -> what it holds, as in `TURN_KEYS`, or "train", "train_detail"
+    roles: dict = field(default_factory=dict)  # spelling -> one of `ROLES`, or `CALL`; usual spellings hold besides
+    learn: tuple | None = None  # roles that carry loss, or ("last",): the last answer; None: nothing is said
+
+    def __post_init__(self):
+        taken = set(self.keys.values())
+        known = {key: name for key, name in TURN_KEYS.items() if name not in taken}
+        object.__setattr__(self, "known", {**known, **self.keys})
+
+
+PLAIN_STYLE = TurnStyle()
+
+# %% ../nbs/04_formatting.ipynb #383fea32
+def turn_fields(
+    turn: dict,  # a turn as the row holds it
+    known: dict,  # key -> what it holds
+) -> dict:  # what it holds -> value; nulls only for role and content
+    "Pick what is known from a turn"
+    fields = {}
+    for key, value in turn.items():
+        name = known.get(key)
+        if name is None:
             continue
-        if not isinstance(turn, dict):
-            raise FinetuningError(f"turn {number} must be an object with `role` and `content`")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(content, str):
-            raise FinetuningError(f"turn {number} must have text as its `content`, got {type(content).__name__}")
+        if value is None:
+            if name in ("role", "content"):
+                fields.setdefault(name, None)
+        elif fields.get(name) is not None and fields[name] != value:
+            raise RowError("two_values", f"two keys give the {name}, the second is `{key}`; keep one")
+        else:
+            fields[name] = value
+    if "role" not in fields or "content" not in fields and not fields.keys() & {"tool_calls", "function_call", "parts"}:
+        lost = "role" if "role" not in fields else "content"
+        keys = frozenset(key for key, name in known.items() if name == lost)
+        near = next((key for key in turn if key not in known and nearest_name(key, keys)), None)
+        cure = f"; rename `{near}` to `{nearest_name(near, keys)}`" if near else ""
+        raise RowError("misspelt_key" if near else "missing_key", f"`{min(keys)}` is missing{cure}")
+    for key in turn.keys() - known.keys():
+        if (meant := nearest_name(key, frozenset(known.keys() - turn.keys()))) and known[meant] not in fields:
+            raise RowError("misspelt_key", f"the turn has `{key}`; rename it to `{meant}`")
+    return fields
+
+
+def read_role(
+    role,  # the speaker, as the row spells it
+    style: TurnStyle = PLAIN_STYLE,  # how the data set spells roles
+    notes: Counter | None = None,  # counts what was read as something else
+) -> str:  # one of `ROLES`, or `CALL`
+    "Translate a speaker's name"
+    name = style.roles.get(role) if isinstance(role, str) else None
+    if name is None:
+        if not isinstance(role, str):
+            raise RowError("null_value" if role is None else "wrong_type", f"`role` must be text, got {kind_name(role)}")
+        spelt = role.strip().lower()
         try:
-            role = "assistant" if role == "function_call" else canonical_role(role)
-            messages.append(Message(role=role, content=content))
+            name = CALL if spelt in (CALL, "tool_call") else canonical_role(role)
         except FinetuningError as error:
-            raise FinetuningError(f"turn {number}: {error}") from None
-    return messages
+            raise RowError("unknown_role", str(error)) from None
+    if notes is not None and name != role:
+        notes["role_names", f"{role} -> {name}"] += 1
+    return name
+
+# %% ../nbs/04_formatting.ipynb #2fc61796
+def read_calls(
+    value,  # calls as a list or one object, or either as JSON text
+) -> list[dict]:  # each with its name, its arguments, and its id where it has one
+    "Read calls of functions, whichever way they are written"
+    value = from_json(value, "a function call")
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        inner = call.get("function", call) if isinstance(call, dict) else call
+        inner = from_json(inner, "a function call")
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise RowError("bad_call", "a function call must be an object with `name` and `arguments`")
+        arguments = inner.get("arguments", inner.get("parameters"))
+        arguments = from_json({} if arguments in (None, "") else arguments, "`arguments` of a call")
+        if not isinstance(arguments, dict):
+            raise RowError("bad_call", f"`arguments` of a call must be an object {{...}}, got {kind_name(arguments)}")
+        calls.append({"name": inner["name"], "arguments": arguments,
+                      **({"id": call["id"]} if call.get("id") is not None else {})})
+    return calls
+
+
+def from_json(
+    value,  # a value, or JSON text
+    what: str,  # its name for the message
+):  # the value
+    "Decode JSON where a text stands for a value"
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError("not_json", f"{what} must be JSON, and is not; write it as an object {{...}}") from None
+
+
+def read_tools(
+    tools,  # a list, or JSON text; None or empty: no tools
+) -> tuple:  # JSON schemas
+    "Read the tools on offer"
+    tools = from_json(tools if tools else [], "`tools`")
+    tools = [from_json(tool, "`tools`") for tool in (tools if isinstance(tools, list) else [tools])]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("wrong_type", "`tools` must be a list of objects, each with a tool's name and parameters")
+    return tuple(tools)
+
+# %% ../nbs/04_formatting.ipynb #615d6251
+PART_TYPES = ("text", "input_text", "output_text")
+
+
+def read_parts(
+    parts: list,  # pieces of a content, as objects
+    fields: dict,  # the turn's other fields; thinking and calls that stand among the pieces are added
+) -> list[dict]:  # text and weight of each piece
+    "Read a content that comes in pieces"
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise RowError("wrong_type", f"a part of `content` must be an object with `text`, got {kind_name(part)}")
+        kind = part.get("type") or "text"
+        text = next((part[key] for key in ("text", "value", "thinking", "reasoning") if part.get(key) is not None), None)
+        if kind in ("tool_call", "tool_calls"):
+            fields["tool_calls"] = [*fields.get("tool_calls", []), *read_calls(text)]
+        elif not isinstance(text, str):
+            raise RowError("not_text", f"a part of `content` is of the type {kind!s:.20} and holds no text; only text "
+                                       "is learned here, leave the row out")
+        elif kind in ("reasoning", "thinking"):
+            fields["thinking"] = fields.get("thinking", "") + text
+        elif kind in PART_TYPES:
+            weight = part.get("weight", part.get("loss_weight"))
+            texts.append({"text": text} if weight is None else {"text": text, "weight": weight})
+        else:
+            raise RowError("not_text", f"a part of `content` is of the type {kind!s:.20}; only text is learned here, "
+                                       "leave the row out")
+    return texts
+
+
+def cut_parts(
+    content: str,  # the whole text
+    details: list,  # objects with `begin_offset`, `end_offset` (the last character) and `train`
+) -> list[dict]:  # the text in pieces, each with weight 1 or 0
+    "Cut a text where a list of offsets says what is learned"
+    weights = [0.0] * len(content)
+    for detail in details:
+        begin, end = detail["begin_offset"], detail["end_offset"] + 1
+        weights[begin:end] = [float(detail["train"])] * len(weights[begin:end])
+    cuts = [0, *(n for n in range(1, len(content)) if weights[n] != weights[n - 1]), len(content)]
+    return [{"text": content[a:b], "weight": weights[a]} for a, b in zip(cuts, cuts[1:]) if b > a]
+
+# %% ../nbs/04_formatting.ipynb #caffcc01
+def read_turn(
+    turn: dict,  # a turn as the row holds it
+    style: TurnStyle = PLAIN_STYLE,  # how the data set spells turns
+    notes: Counter | None = None,  # counts what was read as something else
+) -> Message:  # the turn
+    "Read one turn of a conversation"
+    if not isinstance(turn, dict):
+        raise RowError("wrong_type", f"it must be an object with `role` and `content`, got {kind_name(turn)}")
+    fields = turn_fields(turn, style.known)
+    role, content = read_role(fields.pop("role"), style, notes), fields.pop("content", None)
+    if role == CALL:
+        role, content, fields["tool_calls"] = "assistant", "", content
+    if "function_call" in fields:
+        fields["tool_calls"] = fields.pop("function_call")
+    if "tool_calls" in fields:
+        fields["tool_calls"] = read_calls(fields["tool_calls"])
+    if isinstance(content, list):
+        fields["parts"] = read_parts(content, fields)
+        content = "".join(part["text"] for part in fields["parts"])
+        if notes is not None:
+            notes["content_parts", "joined"] += 1
+    if "train_detail" in fields:
+        fields["parts"] = cut_parts(content, fields.pop("train_detail"))
+    if "train" in fields:
+        fields["weight"] = float(fields.pop("train"))
+    if content is None and not fields.keys() & {"tool_calls", "parts"} or content is not None and type(content) is not str:
+        raise RowError("null_value" if content is None else "wrong_type",
+                       f"it must have text as its `content`, got {kind_name(content)}")
+    if not any("weight" in part for part in fields.get("parts", ())):
+        fields.pop("parts", None)
+    return Message(role=role, content=content or "", **fields)
 
 # %% ../nbs/04_formatting.ipynb #350bc07e
 def to_messages(
