@@ -102,14 +102,15 @@ class RowReader:
         if missing:
             raise RowError("missing_field" if data else "empty_row", f"`{missing[0]}` is missing; "
                            f"{self.mapping.format} rows need {listed(required)}" if data else "the row has no columns")
-        self.first = set(unknown) if self.first is None else self.first
-        for column in unknown:
-            if column not in self.first:
-                self.first.add(column)
-                self.notes["unknown_column", f"`{column}`"] += 1
-        entries = [(column, known[column], column in required) for column in data if column in known]
         ways = fitting(tuple((column, "") for column in data), by_name=True)
-        return entries, self.mapping.source == "detected" and (rival_of(ways) is not None or not same(ways[0], self.mapping))
+        is_suspect = self.mapping.source == "detected" and bool(rival_of(ways) or not same(ways[0], self.mapping))
+        if is_suspect:
+            check_shape(data, self.mapping)
+        self.first = set(unknown) if self.first is None else self.first
+        for column in set(unknown) - self.first:
+            self.first.add(column)
+            self.notes["unknown_column", f"`{column}`"] += 1
+        return [(column, known[column], column in required) for column in data if column in known], is_suspect
 
 # %% ../nbs/12_loading.ipynb #152792d3
 def check_names(
