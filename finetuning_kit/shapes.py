@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['FORMATS', 'KINDS', 'Format', 'Mapping', 'kinds_of', 'fitting', 'rival_of', 'FoundShape', 'Detection', 'listed',
+__all__ = ['FORMATS', 'KINDS', 'Format', 'Mapping', 'kinds_of', 'fitting', 'rival_of', 'FoundShape', 'listed', 'Detection',
            'detect_shape', 'unknown_columns']
 
 # %% ../nbs/10_shapes.ipynb #52e57114
@@ -28,7 +28,7 @@ class Format:
     about: str  # what such rows hold
     record: type  # the record that a row becomes
     columns: dict  # column -> field of the record; every row has them
-    optional: dict = field(default_factory=dict)  # column -> field; a row may have them; the first of a field is written
+    optional: dict = field(default_factory=dict)  # column -> field; may be there; of one field the first is written
     holds: str = "text"  # what `columns` hold: "text", "messages" (turns in a list, or one turn), or "any" of both
     others: tuple = ()  # further sets of columns that are read in the same way
     turn: dict = field(default_factory=lambda: {"role": "role", "content": "content"})  # keys of a turn, as written
@@ -64,16 +64,17 @@ def _pairs() -> list[Format]:
                example={"prompt": _TURNS, "chosen": _REPLY, "rejected": _WORSE}),
         Format("sharegpt_preference", "ShareGPT turns with a better and a worse reply", PreferencePair,
                {"conversations": "prompt", **_PAIR}, _SAID, "messages", **_SHAREGPT,
-               example={"conversations": [{"from": "human", "value": _ASKED}], "chosen": {"from": "gpt", "value": "Paris"},
-                        "rejected": {"from": "gpt", "value": "Lyon"}}),
+               example={"conversations": [{"from": "human", "value": _ASKED}],
+                        "chosen": {"from": "gpt", "value": "Paris"}, "rejected": {"from": "gpt", "value": "Lyon"}}),
         Format("preference_implicit", "two conversations that share their beginning, the better one first",
                PreferencePair, dict(_PAIR), _SAID, "any",
                example={"chosen": _TURNS + _REPLY, "rejected": _TURNS + _WORSE})]
 
-
+# %% ../nbs/10_shapes.ipynb #d163ec20
 def _feedback() -> list[Format]:
-    asked = (("prompt", "response"), ("instruction", "output"), ("instruction", "completion"), ("question", "completion"))
-    whole = {"messages": "messages", "label": "label"}
+    asked = (("prompt", "response"), ("instruction", "output"), ("instruction", "completion"),
+             ("question", "completion"))
+    whole = tuple({column: "messages", "label": "label"} for column in ("messages", "conversations", "completion"))
     return [
         Format("feedback", "a prompt with one answer, and whether it is good", Feedback,
                {"prompt": "prompt", "completion": "completion", "label": "label"},
@@ -82,7 +83,7 @@ def _feedback() -> list[Format]:
                example={"prompt": _ASKED, "completion": "Paris", "label": True}),
         Format("feedback_messages", "messages with one answer, and whether it is good", Feedback,
                {"prompt": "prompt", "completion": "completion", "label": "label"}, _SAID, "messages",
-               others=(whole, {"conversations": "messages", "label": "label"}, {"completion": "messages", "label": "label"}),
+               others=whole,
                example={"prompt": _TURNS, "completion": _REPLY, "label": True})]
 
 # %% ../nbs/10_shapes.ipynb #a6fbf1f7
@@ -100,7 +101,7 @@ def _conversations() -> list[Format]:
                {"prompt": "prompt", "completion": "completion"}, {"tools": "tools"}, "messages",
                example={"prompt": _TURNS, "completion": _REPLY})]
 
-
+# %% ../nbs/10_shapes.ipynb #8826428c
 def _samples() -> list[Format]:
     named = [("alpaca", "instruction", "output", "an instruction, perhaps an input, and the answer"),
              ("instruction_response", "instruction", "response", "an instruction and its response"),
@@ -173,20 +174,21 @@ def fitting(
 ) -> tuple[Mapping, ...]:  # every way to read such a row, the first one goes first
     "Find the formats whose columns a row has"
     kinds = dict(kinds)
-    return tuple(
-        Mapping(each.name, {**columns, **{column: name for column, name in each.optional.items() if column not in columns}})
+    return tuple(Mapping(each.name, {**columns, **{
+        column: name for column, name in each.optional.items() if column not in columns}})
         for each, columns in _READINGS
         if columns.keys() <= kinds.keys() and (by_name or _holds(each, columns, kinds)))
 
 
 def _holds(each: Format, columns: dict, kinds: dict) -> bool:
     turns = [kinds[column] == "turns" for column, name in columns.items() if name != "label"]
-    labels = [kinds[column] for column, name in columns.items() if name == "label" and each.record is Feedback]
-    if "null" in [kinds[column] for column in columns] or labels not in ([], ["verdict"]) and columns is not each.columns:
+    labels = [kinds[column] for column, name in columns.items() if name == "label"]
+    is_judged = labels in ([], ["verdict"]) or columns is each.columns  # else a label may be a class, and unused
+    if not is_judged or "null" in [kinds[column] for column in columns]:
         return False
     return each.holds == "any" or any(turns) == (each.holds == "messages")
 
-
+# %% ../nbs/10_shapes.ipynb #d2420a72
 def rival_of(
     candidates: tuple[Mapping, ...],  # ways to read one row, the first one goes first
 ) -> Mapping | None:  # a second way that would give another answer; None when there is none
@@ -210,6 +212,14 @@ class FoundShape:
         return f"{self.count} x {self.format or 'no known shape'} ({listed(self.columns)}), first at {self.place}"
 
 
+def listed(
+    names,  # columns
+) -> str:  # the first eight, in backticks
+    "List columns for a sentence"
+    names = [f"`{name}`" for name in names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "(none)"
+
+# %% ../nbs/10_shapes.ipynb #4eb06284
 @dataclass(frozen=True)
 class Detection:
     "Which shape rows have, why, and how surely"
@@ -234,14 +244,6 @@ class Detection:
         head = f"<b>{html.escape(self.mapping.format)}</b>, confidence {self.confidence:.2f}"
         return f"<p>{head}</p><table><tr><th>column</th><th>read as</th></tr>{rows}</table><ul>{items}</ul>"
 
-
-def listed(
-    names,  # columns
-) -> str:  # the first eight, in backticks
-    "List columns for a sentence"
-    names = [f"`{name}`" for name in names]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "(none)"
-
 # %% ../nbs/10_shapes.ipynb #31167e95
 def detect_shape(
     rows: list,  # rows, or dicts
@@ -264,20 +266,6 @@ def detect_shape(
     return Detection(mapping, weights / len(rows), tuple(_reasons(rows, mapping, n_own, ways)), tuple(found))
 
 
-_TWINS = {"prompt_completion": ("trl_conversational_prompt_completion", {"instruction": "prompt", "output": "completion"}),
-          "preference": ("preference_messages", {}), "feedback": ("feedback_messages", {})}
-
-
-def _settled(mapping: Mapping, rows: list[Row]) -> Mapping:
-    twin, renamed = _TWINS.get(mapping.format, ("", {}))
-    columns = {column: renamed.get(name, name) for column, name in mapping.columns.items()}
-    turns = [isinstance(row.data.get(column), (list, dict)) for row in rows for column in mapping.required]
-    if mapping.source != "columns" or not twin or 2 * sum(turns) <= len(turns):
-        return mapping
-    known = {*FORMATS[twin].columns.values(), *FORMATS[twin].optional.values()}
-    return replace(mapping, format=twin, columns={c: name for c, name in columns.items() if name in known})
-
-
 def _ways(data: dict, mapping: Mapping | None) -> tuple:
     if mapping is None:
         return fitting(kinds_of(data))
@@ -287,7 +275,7 @@ def _ways(data: dict, mapping: Mapping | None) -> tuple:
 def _shape_key(mapping: Mapping) -> tuple:
     return mapping.format, tuple(mapping.required)
 
-
+# %% ../nbs/10_shapes.ipynb #3cb1ef23
 def _commonest(rows: list[Row], ways: list) -> Mapping:
     for candidates in (ways, [fitting(kinds_of(row.data), by_name=True) for row in rows]):
         counts = Counter(found[0] for found in candidates if found)
@@ -321,3 +309,18 @@ def unknown_columns(
             "rows need `instruction` and `output`, `prompt` and `completion`, `messages`, `conversations`, or `text`; "
             "or say which column is which, such as `mapping` \"q=prompt, a=completion\"")
     return DataError("unknown_columns", f"the columns {listed(columns)} fit no known shape; {hint}", rows[0].place)
+
+# %% ../nbs/10_shapes.ipynb #1e3336a9
+_TWINS = {"prompt_completion": ("trl_conversational_prompt_completion",
+                                {"instruction": "prompt", "output": "completion"}),
+          "preference": ("preference_messages", {}), "feedback": ("feedback_messages", {})}
+
+
+def _settled(mapping: Mapping, rows: list[Row]) -> Mapping:
+    twin, renamed = _TWINS.get(mapping.format, ("", {}))
+    columns = {column: renamed.get(name, name) for column, name in mapping.columns.items()}
+    turns = [isinstance(row.data.get(column), (list, dict)) for row in rows for column in mapping.required]
+    if mapping.source != "columns" or not twin or 2 * sum(turns) <= len(turns):
+        return mapping
+    known = {*FORMATS[twin].columns.values(), *FORMATS[twin].optional.values()}
+    return replace(mapping, format=twin, columns={c: name for c, name in columns.items() if name in known})
