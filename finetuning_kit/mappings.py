@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['LLAMA_FACTORY', 'AXOLOTL', 'AXOLOTL_PAIRS', 'AXOLOTL_KTO', 'mapping_of', 'columns_mapping', 'llama_factory_mapping',
-           'refuse_unheard', 'find_entry', 'AxolotlStyle', 'cut_parts', 'weigh', 'axolotl_mapping', 'read_mapping']
+__all__ = ['LLAMA_FACTORY', 'AXOLOTL', 'AXOLOTL_PAIRS', 'AXOLOTL_KTO', 'AXOLOTL_RL', 'mapping_of', 'columns_mapping',
+           'llama_factory_mapping', 'refuse_unheard', 'find_entry', 'AxolotlStyle', 'cut_parts', 'weigh',
+           'axolotl_mapping', 'read_mapping']
 
 # %% ../nbs/11_mappings.ipynb #f7fa848c
 from .formatting import CALL, PLAIN_STYLE, RowError, TurnStyle, nearest_name
@@ -46,7 +47,8 @@ def columns_mapping(
         for columns in (each.columns, *each.others) if each.found else ():
             known = {**each.optional, **columns}
             if set(columns) <= set(pairs.values()) <= set(known):
-                return mapping_of(each.name, {column: known[meant] for column, meant in pairs.items()}, source="columns")
+                found = {column: known[meant] for column, meant in pairs.items()}
+                return mapping_of(each.name, found, source="columns")
     names = frozenset(column for each in FORMATS.values() for column in (*each.columns, *each.optional))
     wrong = [meant for meant in pairs.values() if meant not in names]
     near = nearest_name(wrong[0], names) if wrong else None
@@ -71,10 +73,10 @@ _NATIVE = {"alpaca": {"prompt": "instruction", "query": "input", "response": "ou
            "sharegpt": {"messages": "conversations"}}
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
          "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
-_WHERE = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name"}  # where the rows are; not asked here
+_WHERE = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name"}  # where the rows are
 _LLAMA_FACTORY = {"formatting", "ranking", "columns", "tags", *_WHERE}
 
-
+# %% ../nbs/11_mappings.ipynb #3bea434c
 def llama_factory_mapping(
     entry: dict,  # one entry of a `dataset_info.json`
 ) -> Mapping:  # how it reads the columns
@@ -105,10 +107,10 @@ def refuse_unheard(
 ) -> None:  # nothing when there are none
     "Refuse settings that would be ignored"
     if names:
-        raise FinetuningError(f"`mapping`: {', '.join(names)} of {tool} cannot be honoured here; take out what the rows "
-                              "do not need, or bring the rows into that form first")
+        raise FinetuningError(f"`mapping`: {', '.join(names)} of {tool} cannot be honoured here; take out what the "
+                              "rows do not need, or bring the rows into that form first")
 
-
+# %% ../nbs/11_mappings.ipynb #cfe6a75d
 def find_entry(
     path: Path,  # a `dataset_info.json`
     name: str,  # the data set's name in it
@@ -194,6 +196,10 @@ AXOLOTL_KTO = {  # and for feedback
     "intel": ("feedback", {"question": "prompt", "completion": "completion", "label": "label"}),
     "prompt_pairs": ("feedback", None), "ultra": ("feedback", None),
     "argilla_chat": ("feedback_messages", {"completion": "messages", "label": "label"})}
+AXOLOTL_RL = ("chat_template.default", "chat_template.argilla", "chat_template.argilla_chat", "user_defined.default",
+              "passthrough.default")  # types that mean preferences or feedback where `rl` says so
+
+# %% ../nbs/11_mappings.ipynb #494a3e9a
 _RENAMES = {"field": "text", "field_messages": "messages", "field_system": "system", "field_tools": "tools",
             "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
             "field_completion": "completion", "field_label": "label", "field_instruction": "instruction",
@@ -232,14 +238,13 @@ def _axolotl_type(kind: str, rl: str | None) -> tuple:
     start, rest = (start or rest), (rest if start else "default")
     if start in ("chatml", "llama3", "zephyr") and rest in (AXOLOTL_KTO if rl == "kto" else AXOLOTL_PAIRS):
         return (AXOLOTL_KTO if rl == "kto" else AXOLOTL_PAIRS)[rest]
-    if start in ("chat_template", "user_defined", "passthrough") and rest in ("default", "argilla_chat", "argilla") and rl:
+    if rl and f"{start}.{rest}" in AXOLOTL_RL:
         if rest == "argilla_chat":
             return "preference_implicit", None
         if rl == "kto":
             return "feedback", None
-        template = start == "chat_template"
-        whole = {"messages": "prompt", **_PAIR} if template and rest == "default" else None
-        return ("preference_messages" if template else "preference"), whole
+        whole = {"messages": "prompt", **_PAIR} if start == "chat_template" and rest == "default" else None
+        return ("preference_messages" if start == "chat_template" else "preference"), whole
     if kind not in AXOLOTL:
         known = [*AXOLOTL, *(f"chatml.{name}" for name in AXOLOTL_PAIRS), "chat_template.default with rl"]
         near = nearest_name(kind, frozenset(known))
@@ -247,7 +252,7 @@ def _axolotl_type(kind: str, rl: str | None) -> tuple:
             f"did you mean `{near}`?" if near else f"known are {', '.join(known)}"))
     return AXOLOTL[kind]
 
-
+# %% ../nbs/11_mappings.ipynb #f887d207
 def _axolotl_style(entry: dict, kind: str) -> TurnStyle:
     if not kind.startswith(("chat_template", "pygmalion")):
         return PLAIN_STYLE

@@ -108,9 +108,9 @@ def _samples() -> list[Format]:
              ("prompt_completion", "prompt", "completion", "a prompt and its completion"),
              ("prompt_response", "prompt", "response", "a prompt and its response"),
              ("question_answer", "question", "answer", "a question and its answer")]
-    history = {"history": "history"}
+    more = {"alpaca": {"history": "history", "tools": "tools"}}
     return [*(Format(name, about, TrainingSample, {asked: "instruction", answer: "output"},
-                     {**_EXTRAS, **(history if name == "alpaca" else {})}, example={asked: _ASKED, answer: "Paris"})
+                     {**_EXTRAS, **more.get(name, {})}, example={asked: _ASKED, answer: "Paris"})
               for name, asked, answer, about in named),
             Format("document_summary", "a document and its summary", TrainingSample,
                    {"document": "instruction", "summary": "output"}, {"system": "system"},
