@@ -5,10 +5,7 @@
 # %% ../nbs/12_loading.ipynb #8620877d
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,27 +13,25 @@ from itertools import chain, islice
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['N_LOOKED', 'BUILDERS', 'NOTICES', 'check_value', 'RowReader', 'check_names', 'same', 'check_shape', 'build_sample',
-           'build_document', 'build_conversation', 'as_turns', 'build_feedback', 'ask', 'build_pair', 'split_shared',
-           'to_record', 'tell', 'iter_records', 'read_all', 'settle_row', 'load_records', 'prompt_key', 'split_rows',
-           'write_whole', 'DatasetPreparer']
+__all__ = ['N_LOOKED', 'BUILDERS', 'NOTICES', 'check_value', 'check_names', 'same', 'check_shape', 'build_sample',
+           'build_document', 'build_conversation', 'as_turns', 'build_feedback', 'ask', 'find_prompt', 'split_shared',
+           'build_pair', 'plan_columns', 'pick_fields', 'RowReader', 'to_record', 'tell', 'read_all', 'settle_row',
+           'iter_records', 'load_records', 'write_whole']
 
 # %% ../nbs/12_loading.ipynb #9a2d73f0
-from finetuning_kit.formatting import (
-    AlpacaFormatter, DatasetFormatter, RowError, TurnStyle, kind_name, nearest_name, read_conversation, read_tools,
-    read_turns, to_messages)
+from .formatting import (
+    RowError, TurnStyle, kind_name, nearest_name, read_conversation, read_tools, read_turns, to_messages)
 from .ledger import DataError, Ledger
 from .mappings import read_mapping
-from .reading import iter_rows, read_rows
+from .reading import iter_rows
 from .records import (
     Conversation, Document, Feedback, Message, Place, PreferencePair, Record, Row, TrainingSample)
 from .settings import FinetuningError
 from .shapes import FORMATS, Mapping, detect_shape, fitting, kinds_of, listed, rival_of
 
-# %% ../nbs/12_loading.ipynb #77c08bc7
+# %% ../nbs/12_loading.ipynb #266f9080
 N_LOOKED = 1000  # rows that decide which shape a file has
 _TEXTS = ("instruction", "input", "output", "system", "text")
-_TURNS = ("messages", "segments", "history", "tools")
 
 
 def check_value(
@@ -55,64 +50,7 @@ def check_value(
     raise RowError("null_value" if value is None else "wrong_type",
                    f"`{column}` must be {words}, got {kind_name(value)}{cure}")
 
-# %% ../nbs/12_loading.ipynb #2a15f079
-class RowReader:
-    "Reads rows by one mapping, and remembers what it has seen of their columns"
-
-    def __init__(
-        self,
-        mapping: Mapping,  # how to read them
-        notes: Counter | None = None,  # counts what was read as something else, by (code, words)
-    ):
-        self.mapping, self.notes = mapping, Counter() if notes is None else notes
-        self.plans, self.first, self.build = {}, None, BUILDERS[FORMATS[mapping.format].record]
-        translated = f"{mapping.format} as {FORMATS[mapping.format].record.__name__}"
-        self.shape = ("shape", translated) if FORMATS[mapping.format].is_translated else None
-
-    def read(self, data: dict):
-        "Turn a row into a record"
-        plan = self.plans.get(columns := tuple(data))
-        if plan is None:
-            plan = self.plans[columns] = self.plan(data)
-        entries, is_suspect = plan
-        if is_suspect:
-            check_shape(data, self.mapping)
-        fields = {}
-        for column, name, is_required in entries:
-            value = data[column]
-            if value is None and not is_required:
-                continue
-            if name in fields:
-                raise RowError("two_values", f"two columns give the {name}, the second is `{column}`; keep one")
-            fields[name] = value if type(value) is str and name in _TEXTS else check_value(column, value, name)
-        for name, value in self.mapping.constants.items():
-            fields.setdefault(name, value)
-        record = self.build(fields, self.mapping.turns, self.notes)
-        if self.shape:
-            self.notes[self.shape] += 1
-        return record
-
-    def plan(self, data: dict) -> tuple[list, bool]:
-        "Find out what the columns of a row are for: (column, field, whether it is required); and whether to look twice"
-        known, required = self.mapping.columns, self.mapping.required
-        unknown = [column for column in data if column not in known]
-        if self.mapping.source == "detected":
-            check_names(unknown, frozenset(known) - set(data))
-        missing = [column for column in required if column not in data]
-        if missing:
-            raise RowError("missing_field" if data else "empty_row", f"`{missing[0]}` is missing; "
-                           f"{self.mapping.format} rows need {listed(required)}" if data else "the row has no columns")
-        ways = fitting(tuple((column, "") for column in data), by_name=True)
-        is_suspect = self.mapping.source == "detected" and bool(rival_of(ways) or not same(ways[0], self.mapping))
-        if is_suspect:
-            check_shape(data, self.mapping)
-        self.first = set(unknown) if self.first is None else self.first
-        for column in set(unknown) - self.first:
-            self.first.add(column)
-            self.notes["unknown_column", f"`{column}`"] += 1
-        return [(column, known[column], column in required) for column in data if column in known], is_suspect
-
-# %% ../nbs/12_loading.ipynb #152792d3
+# %% ../nbs/12_loading.ipynb #21f5d36c
 def check_names(
     unknown: list[str],  # columns of a row that are not read
     absent: frozenset[str],  # columns that would be read, and that the row has not
@@ -138,13 +76,13 @@ def check_shape(
     "Refuse a row of another shape, and a row of two shapes"
     ways = fitting(kinds_of(data))
     if ways and not same(ways[0], mapping):
-        raise RowError("mixed_shapes", f"the row has the shape {ways[0].format} ({listed(ways[0].required)}), and most rows "
-                       f"have {mapping.format} ({listed(mapping.required)}); split the file, or set `allow_mixture`")
+        raise RowError("mixed_shapes", f"the row has the shape {ways[0].format} ({listed(ways[0].required)}), most rows"
+                       f" have {mapping.format} ({listed(mapping.required)}); split the file, or set `allow_mixture`")
     if rival := rival_of(ways):
         raise RowError("ambiguous", f"the row is {mapping.format} ({listed(mapping.required)}) and {rival.format} "
                        f"({listed(rival.required)}) at once; choose one with `mapping`, such as {mapping.format}")
 
-# %% ../nbs/12_loading.ipynb #fd3c87b9
+# %% ../nbs/12_loading.ipynb #f048484c
 def build_sample(
     fields: dict,  # field -> value
     style: TurnStyle,  # how turns are spelled
@@ -172,7 +110,7 @@ def build_document(
     "Build a document from its column"
     return Document(**fields)
 
-
+# %% ../nbs/12_loading.ipynb #8e2386c2
 def build_conversation(
     fields: dict,  # field -> value
     style: TurnStyle,  # how turns are spelled
@@ -181,7 +119,7 @@ def build_conversation(
     "Build a conversation from its columns"
     if "segments" in fields:
         if not all(isinstance(part, dict) and isinstance(part.get("label"), bool) for part in fields["segments"]):
-            raise RowError("wrong_type", "each segment must be an object with `text`, and `label` that is true or false")
+            raise RowError("wrong_type", "each segment must be an object with `text`, and with `label`, true or false")
         parts = [{"text": part.get("text"), "weight": float(part["label"])} for part in fields["segments"]]
         notes["segments", "segments as the parts of one answer, which the chat template surrounds"] += 1
         return Conversation([Message("assistant", parts=parts)])
@@ -201,7 +139,7 @@ def as_turns(
     "Read a text as one turn, and turns as they are"
     return [Message(role, value)] if isinstance(value, str) else read_turns(value, style, notes)
 
-# %% ../nbs/12_loading.ipynb #7395e38f
+# %% ../nbs/12_loading.ipynb #7f82aacd
 def build_feedback(
     fields: dict,  # field -> value
     style: TurnStyle,  # how turns are spelled
@@ -211,7 +149,7 @@ def build_feedback(
     if "messages" in fields:
         turns = read_turns(fields.pop("messages"), style, notes)
         if len(turns) < 2 or turns[-1].role != "assistant":
-            raise RowError("no_answer", "the last turn must be the assistant's, for the label judges it; reorder the turns")
+            raise RowError("no_answer", "the last turn must be the assistant's, for the label judges it; mend the row")
         fields["prompt"], fields["completion"] = turns[:-1], turns[-1:]
     prompt, completion = ask(fields, "completion", style=style, notes=notes)
     return Feedback(prompt, completion, fields["label"], read_tools(fields.get("tools")))
@@ -233,36 +171,21 @@ def ask(
     values = [as_turns(value, role, style, notes) for value, role in zip(values, roles)]
     return [read_conversation(values[0], fields.get("system")).messages, *values[1:]]
 
-
-def build_pair(
-    fields: dict,  # field -> value
+# %% ../nbs/12_loading.ipynb #72903f83
+def find_prompt(
+    fields: dict,  # field -> value, without a prompt
     style: TurnStyle,  # how turns are spelled
     notes: Counter,  # counts what was read as something else
-) -> PreferencePair:  # a prompt, a better and a worse answer
-    "Build a pair from its columns, the prompt told apart from the answers"
-    if fields["chosen"] == fields["rejected"]:
-        raise RowError("no_preference", "`chosen` and `rejected` are the same; drop the row, for it prefers nothing")
-    tools = read_tools(fields.get("tools"))
-    if "prompt" not in fields:
-        both = [fields["chosen"], fields["rejected"]]
-        whole = both if all(isinstance(value, str) for value in both) else [
-            as_turns(value, "assistant", style, notes) for value in both]
-        prompt, chosen, rejected = split_shared(*whole)
-        if not prompt:
-            raise RowError("no_shared_prompt", "`chosen` and `rejected` begin differently, and there is no `prompt`; "
-                                               "give the prompt a column of its own")
-        if fields.get("system"):
-            prompt = read_conversation(as_turns(prompt, "user", style, notes), fields["system"]).messages
-            chosen, rejected = (as_turns(value, "assistant", style, notes) for value in (chosen, rejected))
-        return PreferencePair(prompt, chosen, rejected, tools)
-    prompt, chosen, rejected = ask(fields, "chosen", "rejected", style=style, notes=notes)
-    shared, better, worse = split_shared(chosen, rejected)
-    if shared and (shared[:len(prompt)] == prompt or isinstance(shared, list) and shared[-1:] == prompt[-1:]):
-        whole = isinstance(shared, list)
-        prompt, n_asked = (shared, len(shared)) if whole else (prompt, len(prompt))
-        chosen, rejected = (better, worse) if whole else (chosen[n_asked:], rejected[n_asked:])
-        notes["prompt_repeated", "the prompt at the beginning of chosen and rejected left out"] += 1
-    return PreferencePair(prompt, chosen, rejected, tools)
+) -> tuple:  # the prompt, and the rest of chosen and of rejected
+    "Find the prompt that two whole conversations share"
+    both = [fields["chosen"], fields["rejected"]]
+    if not all(isinstance(value, str) for value in both):
+        both = [as_turns(value, "assistant", style, notes) for value in both]
+    prompt, chosen, rejected = split_shared(*both)
+    if not prompt:
+        raise RowError("no_shared_prompt", "`chosen` and `rejected` begin differently, and there is no `prompt`; "
+                                           "give the prompt a column of its own")
+    return prompt, chosen, rejected
 
 
 def split_shared(
@@ -279,11 +202,107 @@ def split_shared(
             n -= 1
     return chosen[:n], chosen[n:], rejected[n:]
 
+# %% ../nbs/12_loading.ipynb #be8571fc
+def build_pair(
+    fields: dict,  # field -> value
+    style: TurnStyle,  # how turns are spelled
+    notes: Counter,  # counts what was read as something else
+) -> PreferencePair:  # a prompt, a better and a worse answer
+    "Build a pair from its columns, the prompt told apart from the answers"
+    if fields["chosen"] == fields["rejected"]:
+        raise RowError("no_preference", "`chosen` and `rejected` are the same; drop the row, for it prefers nothing")
+    is_implicit = "prompt" not in fields
+    if is_implicit:
+        fields |= dict(zip(("prompt", "chosen", "rejected"), find_prompt(fields, style, notes)))
+    prompt, *both = ask(fields, "chosen", "rejected", style=style, notes=notes)
+    shared, *rest = split_shared(*both)
+    if not is_implicit and shared and isinstance(shared, list) and shared[-1] == prompt[-1]:
+        prompt, both = (shared if len(shared) > len(prompt) else prompt), rest
+        notes["prompt_repeated", "left out of chosen and rejected"] += 1
+    elif not is_implicit and isinstance(prompt, str) and " " in prompt and shared[:len(prompt)] == prompt:
+        both = [answer[len(prompt):] for answer in both]
+        notes["prompt_repeated", "left out of chosen and rejected"] += 1
+    return PreferencePair(prompt, *both, read_tools(fields.get("tools")))
 
+# %% ../nbs/12_loading.ipynb #0e1d980c
 BUILDERS = {TrainingSample: build_sample, Conversation: build_conversation, PreferencePair: build_pair,
             Feedback: build_feedback, Document: build_document}
 
-# %% ../nbs/12_loading.ipynb #9a0ce27c
+# %% ../nbs/12_loading.ipynb #e36bf9fa
+def plan_columns(
+    data: dict,  # a row's columns and values; only the columns matter
+    mapping: Mapping,  # how they are read
+) -> tuple[list, list, bool]:  # (column, field, is it required) of each; columns not read; whether to look closer
+    "Work out what the columns of a row are for"
+    known, required, is_found = mapping.columns, mapping.required, mapping.source == "detected"
+    unknown = [column for column in data if column not in known]
+    if is_found:
+        check_names(unknown, frozenset(known) - set(data))
+    missing = [column for column in required if column not in data]
+    if missing:
+        raise RowError("missing_field" if data else "empty_row", f"`{missing[0]}` is missing; {mapping.format} rows "
+                       f"need {listed(required)}" if data else "the row has no columns; write it, or take it out")
+    ways = fitting(tuple((column, "") for column in data), by_name=True) if is_found else ()
+    is_suspect = is_found and (rival_of(ways) is not None or not same(ways[0], mapping))
+    return [(column, known[column], column in required) for column in data if column in known], unknown, is_suspect
+
+
+def pick_fields(
+    data: dict,  # a row's columns and values
+    entries: list,  # (column, field, is it required) of each column that is read
+    constants: dict,  # field -> its value in rows that give none
+) -> dict:  # field -> value
+    "Pick the values that are read"
+    fields = {}
+    for column, name, is_required in entries:
+        value = data[column]
+        if value is None and not is_required:
+            continue
+        if name in fields:
+            raise RowError("two_values", f"two columns give the {name}, the second is `{column}`; keep one")
+        fields[name] = value if type(value) is str and name in _TEXTS else check_value(column, value, name)
+    return {**constants, **fields} if constants else fields
+
+# %% ../nbs/12_loading.ipynb #1b77e968
+class RowReader:
+    "Reads rows by one mapping, and remembers what it has seen of their columns"
+
+    def __init__(
+        self,
+        mapping: Mapping,  # how to read them
+        notes: Counter | None = None,  # counts what was read as something else, by (code, words)
+    ):
+        self.mapping, self.notes, self.plans, self.seen = mapping, Counter() if notes is None else notes, {}, None
+        each = FORMATS[mapping.format]
+        self.build, self.shape = BUILDERS[each.record], ("shape", f"{each.name} as {each.record.__name__}")
+        self.is_told = each.is_translated
+
+    def read(self, data: dict):
+        "Turn a row into a record"
+        plan = self.plans.get(columns := tuple(data))
+        if plan is None:
+            plan = self.plans[columns] = self.plan(data)
+        entries, is_suspect = plan
+        if is_suspect:
+            check_shape(data, self.mapping)
+        record = self.build(pick_fields(data, entries, self.mapping.constants), self.mapping.turns, self.notes)
+        if self.is_told:
+            self.notes[self.shape] += 1
+        return record
+
+    def plan(self, data: dict) -> tuple[list, bool]:
+        "Plan the reading of rows with these columns, and note which of them are new"
+        entries, unknown, is_suspect = plan_columns(data, self.mapping)
+        if is_suspect:
+            check_shape(data, self.mapping)
+        self.seen = set(unknown) if self.seen is None else self.seen
+        for column in unknown:
+            if column not in self.seen:
+                self.seen.add(column)
+                self.notes["unknown_column", f"`{column}`"] += 1
+        return entries, is_suspect
+
+# %% ../nbs/12_loading.ipynb #f4177ed7
 def to_record(
     row: Row,  # a row with its place
     mapping: Mapping | None = None,  # how to read it; None finds out from this row alone
@@ -322,28 +341,7 @@ def tell(
         for key in [key for key in notes if key[0] == code]:
             ledger.note(code, message, places.get(key), kind, notes[key])
 
-# %% ../nbs/12_loading.ipynb #ac82376d
-def iter_records(
-    source,  # whatever `iter_rows` reads, or records
-    mapping=None,  # how to read the columns, in any form that `read_mapping` takes; None: find out
-    ledger: Ledger | None = None,  # takes rejects and notices, and is settled by its owner; None: settled here, at the end
-    allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
-) -> Iterator[tuple[Row, object]]:  # each row with its record
-    "Read rows one by one and turn each into a record"
-    account = Ledger() if ledger is None else ledger
-    if isinstance(source, (list, tuple)) and source and all(isinstance(item, Record) for item in source):
-        account.n_rows += len(source)
-        yield from ((Row(item.to_dict(), Place("record", n)), item) for n, item in enumerate(source, start=1))
-        return
-    rows = iter_rows(source, account)
-    head = list(islice(rows, N_LOOKED))
-    if head:
-        mapping = detect_shape(head, None if mapping is None else read_mapping(mapping)).mapping
-        yield from read_all(chain(head, rows), mapping, account, allow_mixture)
-    if ledger is None:
-        account.settle()
-
-
+# %% ../nbs/12_loading.ipynb #05b795b3
 def read_all(
     rows: Iterator[Row],  # the rows
     mapping: Mapping,  # how most of them are read
@@ -367,7 +365,7 @@ def read_all(
     finally:
         tell(ledger, notes, places)
 
-
+# %% ../nbs/12_loading.ipynb #3e77f9a2
 def settle_row(
     row: Row,  # a row that the usual reader refused
     error: FinetuningError,  # why
@@ -391,6 +389,27 @@ def settle_row(
     ledger.reject(row.place, getattr(error, "code", "bad_record"), getattr(error, "problem", str(error)), row.data)
     return None
 
+# %% ../nbs/12_loading.ipynb #6c216099
+def iter_records(
+    source,  # whatever `iter_rows` reads, or records
+    mapping=None,  # how to read the columns, in any form that `read_mapping` takes; None: find out
+    ledger: Ledger | None = None,  # takes rejects and notices, its owner settles it; None: settled here, at the end
+    allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
+) -> Iterator[tuple[Row, object]]:  # each row with its record
+    "Read rows one by one and turn each into a record"
+    account = Ledger() if ledger is None else ledger
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, Record) for item in source):
+        account.n_rows += len(source)
+        yield from ((Row(item.to_dict(), Place("record", n)), item) for n, item in enumerate(source, start=1))
+        return
+    rows = iter_rows(source, account)
+    head = list(islice(rows, N_LOOKED))
+    if head:
+        mapping = detect_shape(head, None if mapping is None else read_mapping(mapping)).mapping
+        yield from read_all(chain(head, rows), mapping, account, allow_mixture)
+    if ledger is None:
+        account.settle()
+
 
 def load_records(
     source,  # whatever `iter_rows` reads, or records
@@ -400,49 +419,6 @@ def load_records(
 ) -> list:  # a record for every good row, in order
     "Read rows and turn each into a record; all bad rows are told at once"
     return [record for _, record in iter_records(source, mapping, ledger, allow_mixture)]
-
-# %% ../nbs/12_loading.ipynb #42bb34e1
-def prompt_key(
-    record: TrainingSample | Conversation | PreferencePair | Document,  # any record
-) -> str:  # equal for records that ask the same
-    "Reduce a record to what it asks, for comparing questions"
-    if isinstance(record, Document):
-        turns = [{"role": "", "content": record.text}]
-    elif isinstance(record, PreferencePair):
-        prompt = record.prompt
-        turns = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        turns = [turn.to_dict() for turn in turns]
-    else:
-        turns = to_messages(record)
-        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-    parts = [part for turn in turns for part in (turn["role"], turn["content"])]
-    return "\n".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in parts)
-
-# %% ../nbs/12_loading.ipynb #d29c264f
-def split_rows(
-    rows: list,  # rows, dicts or records
-    split_ratio: float = 0.1,  # the share for evaluation, from 0 to below 1
-    seed: int = 42,  # another seed gives another split
-) -> tuple[list, list]:  # (train, eval), each in the order of `rows`
-    "Split rows so that no question stands on both sides, whatever their order"
-    if not 0 <= split_ratio < 1:
-        raise FinetuningError(f"`split_ratio` must be at least 0 and below 1, got {split_ratio}; 0.1 keeps a tenth of "
-                              "the rows for evaluation")
-    rows = list(rows)
-    keys = [prompt_key(record) for record in load_records(rows)]
-    sizes = Counter(keys)
-    smallest = min(sizes.values())
-    if split_ratio and len(sizes) < 2:
-        raise FinetuningError(f"{len(rows)} rows cannot be split: all ask the same; give a file for evaluation, or set "
-                              "`split_ratio` to 0")
-    n_wanted = min(max(smallest, round(split_ratio * len(rows))), len(rows) - smallest) if split_ratio else 0
-    kept, n_kept = set(), 0
-    for key in sorted(sizes, key=lambda key: hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()):
-        if n_kept + sizes[key] <= n_wanted:
-            kept.add(key)
-            n_kept += sizes[key]
-    return ([row for row, key in zip(rows, keys) if key not in kept],
-            [row for row, key in zip(rows, keys) if key in kept])
 
 # %% ../nbs/12_loading.ipynb #bb3b5a02
 def write_whole(
@@ -461,43 +437,3 @@ def write_whole(
         raise FinetuningError(f"{path.name}: not written ({error.strerror}); free space or name another place; what "
                               "was there before is unchanged") from None
     return path
-
-# %% ../nbs/12_loading.ipynb #da53d5e4
-class DatasetPreparer:
-    "Read rows, format and split them, and write them"
-
-    def load_json(
-        self,
-        path: str | Path,  # a JSON array or JSON Lines file, or another source that `read_rows` knows
-    ) -> list[dict]:  # the rows as they stand there
-        "Read the rows of a file"
-        return [row.data for row in read_rows(path)]
-
-    def prepare(
-        self,
-        dataset: str | Path | list,  # a file, rows, dicts or samples
-        formatter: DatasetFormatter | None = None,  # how to show a record; None is Alpaca
-        split_ratio: float = 0.1,  # the share for validation
-    ) -> dict[str, list]:  # "train" and "validation", formatted
-        "Format every row and split the rows without a leak"
-        formatter = formatter or AlpacaFormatter()
-        sides = split_rows(load_records(dataset), split_ratio)
-        return {name: [formatter.format_sample(record) for record in side]
-                for name, side in zip(("train", "validation"), sides)}
-
-    def save_json(
-        self,
-        data: list,  # rows, texts or records
-        path: str | Path,  # .jsonl writes one a line, any other ending one array
-    ) -> Path:  # the file written
-        "Write rows to a file, whole or not at all"
-        path, plain = Path(path), [item.to_dict() if hasattr(item, "to_dict") else item for item in data]
-        try:
-            text = ("".join(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in plain)
-                    if path.suffix == ".jsonl" else
-                    json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
-            return write_whole(path, text.encode("utf-8"))
-        except (TypeError, ValueError) as error:
-            if isinstance(error, FinetuningError):
-                raise
-            raise FinetuningError(f"{path.name}: not written, a value is not JSON ({error})") from None

@@ -18,11 +18,12 @@ __all__ = ['MIN_WORDS', 'CHECKS', 'answers_of', 'texts_in', 'fields_of', 'finger
 
 # %% ../nbs/16_validation.ipynb #4583ca3e
 from .ledger import Ledger
-from .loading import iter_records, load_records, prompt_key
+from .loading import iter_records, load_records
 from .reading import read_rows
 from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
 from .settings import FinetuningError, markdown_table
 from .shapes import Mapping, detect_shape
+from .splitting import prompt_key
 
 # %% ../nbs/16_validation.ipynb #b69bcb4d
 def answers_of(
