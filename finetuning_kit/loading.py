@@ -38,14 +38,16 @@ def check_value(
     column: str,  # the column's name
     value,  # what the row holds there
     name: str,  # the field of the record that it becomes
+    is_text: bool = False,  # True: a field that may hold turns holds text in this file
 ):  # the value itself
     "Refuse a value that is neither text nor, where turns belong, turns"
-    wanted = (str,) if name in _TEXTS else (list, dict) if name in ("messages", "segments", "history") else (
+    is_text = is_text or name in _TEXTS
+    wanted = (str,) if is_text else (list, dict) if name in ("messages", "segments", "history") else (
         bool,) if name == "label" else (str, list, dict)
     if isinstance(value, wanted):
         return value
     words = {"label": "true or false", "messages": "a list of turns", "history": "a list of pairs",
-             "segments": "a list of segments"}.get(name, "text" if name in _TEXTS else "text or a list of turns")
+             "segments": "a list of segments"}.get(name, "text" if is_text else "text or a list of turns")
     cure = "; put it in quotes" if str in wanted and isinstance(value, (bool, int, float)) else ""
     raise RowError("null_value" if value is None else "wrong_type",
                    f"`{column}` must be {words}, got {kind_name(value)}{cure}")
@@ -232,7 +234,7 @@ BUILDERS = {TrainingSample: build_sample, Conversation: build_conversation, Pref
 def plan_columns(
     data: dict,  # a row's columns and values; only the columns matter
     mapping: Mapping,  # how they are read
-) -> tuple[list, list, bool]:  # (column, field, is it required) of each; columns not read; whether to look closer
+) -> tuple[list, list, bool]:  # (column, field, is it required, is it text); columns not read; whether to look closer
     "Work out what the columns of a row are for"
     known, required, is_found = mapping.columns, mapping.required, mapping.source == "detected"
     unknown = [column for column in data if column not in known]
@@ -243,24 +245,29 @@ def plan_columns(
         raise RowError("missing_field" if data else "empty_row", f"`{missing[0]}` is missing; {mapping.format} rows "
                        f"need {listed(required)}" if data else "the row has no columns; write it, or take it out")
     ways = fitting(tuple((column, "") for column in data), by_name=True) if is_found else ()
-    is_suspect = is_found and (rival_of(ways) is not None or not same(ways[0], mapping))
-    return [(column, known[column], column in required) for column in data if column in known], unknown, is_suspect
+    own = [way for way in ways if way.required.keys() == required.keys()]  # more than one: the values tell them apart
+    first = next((way for way in ways if way not in own or same(way, mapping)), mapping)
+    holds = FORMATS[mapping.format].holds
+    is_suspect = rival_of(ways) is not None or not same(first, mapping) or holds == "messages" and len(own) > 1
+    texts = _TEXTS + ("prompt", "completion", "chosen", "rejected") * (is_found and holds == "text")
+    read = [(column, known[column]) for column in data if column in known]
+    return [(column, name, column in required, name in texts) for column, name in read], unknown, is_suspect
 
 
 def pick_fields(
     data: dict,  # a row's columns and values
-    entries: list,  # (column, field, is it required) of each column that is read
+    entries: list,  # (column, field, is it required, is it text) of each column that is read
     constants: dict,  # field -> its value in rows that give none
 ) -> dict:  # field -> value
     "Pick the values that are read"
     fields = {}
-    for column, name, is_required in entries:
+    for column, name, is_required, is_text in entries:
         value = data[column]
         if value is None and not is_required:
             continue
         if name in fields:
             raise RowError("two_values", f"two columns give the {name}, the second is `{column}`; keep one")
-        fields[name] = value if type(value) is str and name in _TEXTS else check_value(column, value, name)
+        fields[name] = value if is_text and type(value) is str else check_value(column, value, name, is_text)
     return {**constants, **fields} if constants else fields
 
 # %% ../nbs/12_loading.ipynb #1b77e968

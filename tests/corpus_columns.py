@@ -1,7 +1,7 @@
 """Section C of the bad-input table: columns and types. Every case is a file and the outcome it must have.
 
-Outcomes: "E" stops at once; "R" rejects the rows on `lines`; "W" warns; "N" reads the rows as something else and says so;
-"A" accepts. Lines are physical and count from 1. For N and W, `lines` are the places that the notice names first.
+Outcomes: "E" stops at once; "R" rejects the rows on `lines`; "W" warns; "N" reads the rows as something else and says
+so; "A" accepts. Lines are physical and count from 1. For N and W, `lines` are the places that the notice names first.
 """
 import json
 from typing import NamedTuple
@@ -45,11 +45,15 @@ VERDICT = {"prompt": "Name the capital of France.", "completion": "Paris", "labe
 TEXTS = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
 PICTURE = [{"type": "text", "text": "Look"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
 ASKED = [{"role": "user", "content": "Name the capital of France."}]
+TURNS = {"prompt": ASKED, "completion": [{"role": "assistant", "content": "Paris"}]}
 
 CASES = [
     Case(52, "two row shapes", jsonl(*pairs(3), ALPACA, *pairs(1)), "R", "mixed_shapes", (4,), "alpaca"),
     Case(52, "two row shapes, texts and turns", jsonl(*pairs(3), {"prompt": ASKED, "completion": ASKED}), "R",
          "mixed_shapes", (4,), "trl_conversational_prompt_completion"),
+    Case(52, "two row shapes, turns and texts", jsonl(TURNS, *pairs(1), TURNS), "R", "mixed_shapes", (2,)),
+    Case(52, "a pair of messages among texts", jsonl(PAIR, {**PAIR, "chosen": ASKED, "rejected": ASKED * 2}, PAIR), "R",
+         "mixed_shapes", (2,), "preference_messages"),
     Case(52, "a minority of conversations", jsonl(ALPACA, chat(), ALPACA), "R", "mixed_shapes", (2,), "messages"),
     Case(53, "new column late", jsonl(*pairs(4), *pairs(1, source="web")), "W", "unknown_column", (5,), "`source`"),
     Case(54, "text turns into number late", jsonl(*pairs(4), {"prompt": "Five?", "completion": 5}), "R", "wrong_type",
@@ -58,7 +62,7 @@ CASES = [
     Case(56, "completion is a number", jsonl({"prompt": "Two and three?", "completion": 5}), "R", "wrong_type", (1,),
          "put it in quotes"),
     Case(57, "prompt looks like a date", jsonl({"prompt": "2024-01-01", "completion": "2024-01-01T00:00:00"}), "A"),
-    Case(58, "content is a boolean", jsonl(chat(), say(True)), "R", "wrong_type", (2,), "turn 2: `content` must be text"),
+    Case(58, "content is a boolean", jsonl(chat(), say(True)), "R", "wrong_type", (2,), "turn 2: `content` must be"),
     Case(58, "content is an object", jsonl(chat(), say({"text": "Hello"})), "R", "wrong_type", (2,), "an object"),
     Case(58, "content is a number", jsonl(chat(), say(7)), "R", "wrong_type", (2,), "the number 7"),
     Case(59, "content in parts, all of them text", jsonl(chat(), say(TEXTS)), "N", "content_parts", (2,)),
@@ -83,7 +87,8 @@ CASES = [
     Case(66, "preference without rejected", jsonl(PAIR, {"prompt": "a", "chosen": "b"}), "R", "missing_field", (2,),
          "`rejected` is missing"),
     Case(67, "chosen equals rejected", jsonl(PAIR, {**PAIR, "rejected": "Paris"}), "R", "no_preference", (2,)),
-    Case(68, "no shared prompt", jsonl({"chosen": "Paris is it.", "rejected": "It is Lyon."}), "R", "no_shared_prompt", (1,)),
+    Case(68, "no shared prompt", jsonl({"chosen": "Paris it is.", "rejected": "It is Lyon."}), "R", "no_shared_prompt",
+         (1,)),
     Case(68, "prompt repeated inside", jsonl({**PAIR, "chosen": PAIR["prompt"] + " Paris",
                                               "rejected": PAIR["prompt"] + " Lyon"}), "N", "prompt_repeated", (1,)),
     Case(68, "prompt repeated inside, as messages", jsonl({

@@ -93,13 +93,13 @@ def test_what_to_messages_shows_is_read_back():
 
 json_like = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                             st.sampled_from(["role", "content", "from", "value", "tool_calls", "function", "name", "text",
-                                              "type", "weight", "arguments", "thinking"]), inner, max_size=4),
+                             st.sampled_from(["role", "content", "from", "value", "tool_calls", "function", "name",
+                                              "text", "type", "weight", "arguments", "thinking"]), inner, max_size=4),
                          max_leaves=10)
 
 
-@given(turns=json_like, column=st.sampled_from(["messages", "conversations", "prompt", "chosen", "instruction", "text"]),
-       other=json_like)
+@given(turns=json_like, other=json_like,
+       column=st.sampled_from(["messages", "conversations", "prompt", "chosen", "instruction", "text"]))
 @settings(max_examples=300, deadline=None)
 def test_no_row_is_the_end(turns, column, other):
     "Whatever a row holds, it is read or refused in a sentence, and is left as it was."
@@ -123,7 +123,8 @@ PAIR = PreferencePair([Message("user", "Hi")], [Message("assistant", "Hello")], 
 @pytest.mark.parametrize("row", [
     {"prompt": [USER], "chosen": [HELLO], "rejected": [NO]}, {"prompt": "Hi", "chosen": [HELLO], "rejected": [NO]},
     {"prompt": [USER], "chosen": "Hello", "rejected": "No"}, {"chosen": [USER, HELLO], "rejected": [USER, NO]},
-    {"prompt": "Hi", "chosen": [USER, HELLO], "rejected": [USER, NO]}, {"messages": [USER], "chosen": HELLO, "rejected": NO},
+    {"prompt": "Hi", "chosen": [USER, HELLO], "rejected": [USER, NO]},
+    {"messages": [USER], "chosen": HELLO, "rejected": NO},
     {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello"},
      "rejected": {"from": "gpt", "value": "No"}},
 ])
@@ -162,8 +163,8 @@ def test_llama_factory_reads_its_own_shapes():
     assert one(row, liked) == Feedback([Message("user", "Hi")], [Message("assistant", "Hello")], False)
     tags = {"formatting": "sharegpt", "columns": {"messages": "talk", "tools": "functions", "system": "s"}, "tags": {
         "role_tag": "who", "content_tag": "what", "user_tag": "Q", "assistant_tag": "A", "function_tag": "F"}}
-    row = {"talk": [{"who": "Q", "what": "Hi"}, {"who": "F", "what": json.dumps(CALL)}], "functions": json.dumps([CALL]),
-           "s": "Be brief."}
+    row = {"talk": [{"who": "Q", "what": "Hi"}, {"who": "F", "what": json.dumps(CALL)}],
+           "functions": json.dumps([CALL]), "s": "Be brief."}
     record = one(row, tags)
     assert [turn.role for turn in record.messages] == ["system", "user", "assistant"] and record.tools == (CALL,)
 
@@ -192,7 +193,7 @@ def test_a_mapping_overrides_what_would_be_ambiguous():
     row = {"messages": [USER, HELLO], "prompt": "Hi", "completion": "No"}
     assert one(row, "messages").messages[1].content == "Hello"
     assert one(row, "prompt_completion") == TrainingSample("Hi", output="No")
-    assert one({"q": [USER], "a": [HELLO]}, "q=prompt, a=completion") == Conversation([Message("user", "Hi"), *PAIR.chosen])
+    assert one({"q": [USER], "a": [HELLO]}, "q=prompt, a=completion") == Conversation([*PAIR.prompt, *PAIR.chosen])
 
 
 @given(st.text(max_size=30))
