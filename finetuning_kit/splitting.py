@@ -25,7 +25,6 @@ __all__ = ['N_CHARACTERS', 'ROW_BITS', 'RANK_BITS', 'N_MOST', 'WINDOW', 'SLACK',
 # %% ../nbs/14_splitting.ipynb #212f964a
 from .ledger import DataError, Ledger
 from .loading import load_records
-from .reading import place_rows
 from .records import Conversation, Document, Feedback, Message, PreferencePair, Row, TrainingSample
 from .settings import FinetuningError, markdown_table
 
@@ -245,7 +244,7 @@ def find_near_duplicates(
 
 # %% ../nbs/14_splitting.ipynb #b6b90845
 NEAR = 0.7  # share of shingles from which a split takes two texts for near copies
-COMMON, N_COMMON = 0.05, 10  # shingles in a larger share of the texts, and in more than so many, are boilerplate
+COMMON, N_COMMON = 0.05, 5  # shingles in a larger share of the texts, and in more than so many, are boilerplate
 
 
 def join_links(
@@ -358,8 +357,9 @@ class SplitPlan:
     def __repr__(self):
         n_rows, n_held_out, sizes = len(self.groups), sum(self.held_out), Counter(self.groups)
         return (f"{n_rows:,} rows = {n_rows - n_held_out:,} to train on + {n_held_out:,} held out "
-                f"({n_held_out / max(n_rows, 1):.1%}); {len(sizes):,} groups, the largest of {max(sizes.values(), default=0):,} "
-                f"rows, {self.n_joined:,} joined by near copies" + "".join(f"\n{sentence}" for sentence in self.unmet))
+                f"({n_held_out / max(n_rows, 1):.1%}); {len(sizes):,} groups, the largest of "
+                f"{max(sizes.values(), default=0):,} rows, {self.n_joined:,} joined by near copies"
+                + "".join(f"\n{sentence}" for sentence in self.unmet))
 
     def _repr_markdown_(self):
         table = markdown_table(["stratum", "rows", "wanted", "held out", "share"], [
@@ -374,11 +374,11 @@ def group_rows(
     near: float | None,  # share of shingles from which texts are near copies; None: only repeats count
 ) -> tuple[list[int], int, list[str]]:  # first row of each row's group; groups joined by near copies; what was unmet
     "Find the rows that must stay together"
-    links = same_links(map(first_question, records)) + same_links(values)
+    questions = [first_question(record) for record in records]
+    links = same_links(questions) + same_links(values)
     groups = join_links(len(records), links)
     if near is None:
         return groups, 0, []
-    questions = [first_question(record) for record in records]
     wholes = [turns_key([*asked, *answered]) for asked, answered in map(asked_and_answered, records)]
     for texts in [questions, wholes] if wholes != questions else [questions]:
         links += find_near_duplicates(texts, near, max(N_COMMON, int(COMMON * len(set(texts)))))
@@ -434,9 +434,10 @@ def plan_split(
     unmet += [f"{f'stratum {name!r}' if stratify_by else 'the split'}: {wanted} of {n} rows were wanted, "
               f"{n_held} are held out; groups stay together" for name, (n, wanted, n_held) in shares.items()
               if abs(n_held - wanted) > max(1, wanted / 10) or wanted and not n_held]
-    for name, found in ((group_by, values), (stratify_by, [value or None for value in strata])):
-        if name is not None and None in found:
-            unmet.append(f"{found.count(None)} rows have no `{name}`")
+    if (largest := max(Counter(groups).values())) > len(rows) / 2:
+        unmet.append(f"one group holds {largest} of {len(rows)} rows, so the rows held out say little about it")
+    unmet += [f"{found.count(missing)} rows have no `{name}`" for name, found, missing in (
+        (group_by, values, None), (stratify_by, strata, "")) if name is not None and missing in found]
     return SplitPlan(held, groups, n_joined, shares, unmet)
 
 # %% ../nbs/14_splitting.ipynb #a97e9cd4
