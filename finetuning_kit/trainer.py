@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -14,13 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress', 'RunProgress', 'not_finite',
-           'QuietTrainer', 'KitTrainer', 'trainer_arguments', 'make_trainer', 'labelled_positions', 'own_forward',
-           'interrupts', 'memory_guard']
+__all__ = ['check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress', 'RunProgress',
+           'WeightedTrainer', 'not_finite', 'QuietTrainer', 'KitTrainer', 'pack_length', 'packing_problem',
+           'settle_packing', 'trainer_arguments', 'make_trainer', 'labelled_positions', 'own_forward', 'interrupts',
+           'memory_guard']
 
 # %% ../nbs/27_trainer.ipynb #a85447ad
 from .config import FineTuningConfig
 from .machine import precision_of
+from .packing import RowCollator, check_packing, pack_rows, padding_share
+from .packing import weight_sum, weighted_outputs
 from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
 from .settings import FinetuningError
 from .tokens import EncodedRow, to_dataset
@@ -41,7 +45,11 @@ def check_rows(
     if not train_rows:
         raise FinetuningError("there are no training rows; at least one row with an answer is needed")
     for name, rows in (("training", train_rows), ("evaluation", eval_rows)):
-        silent = [row for row in rows if not any(label != -100 for label in row.labels[1:])]
+        silent = []
+        for row in rows:
+            weights = getattr(row, "weights", None) or [1.0] * row.n_tokens
+            if not any(weight for label, weight in zip(row.labels[1:], weights[1:]) if label != -100):
+                silent.append(row)
         if silent:
             raise FinetuningError(
                 f"{len(silent)} of {len(rows)} {name} rows hold no token for the loss (first: {silent[0].place}); "
@@ -169,6 +177,53 @@ class RunProgress(Progress):
         if self.stop_reason and state.global_step < state.max_steps:
             self.emit("stop", step=state.global_step, reason=self.stop_reason)
 
+# %% ../nbs/27_trainer.ipynb #14894685
+class WeightedTrainer(SFTTrainer):
+    "TRL's trainer, with weights in the loss, packs in a batch, and a held-out loss over all tokens."
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["input_ids", "labels", "weights"]
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        passes = [one for batch in batch_samples for one in batch.get("packs", [batch])]
+        if not any("weights" in one for one in passes):
+            return super()._get_num_items_in_batch(passes, device)
+        total = weight_sum(passes).to(device)
+        several = self.args.average_tokens_across_devices and self.args.world_size > 1
+        return self.accelerator.gather(total).sum() if several else total
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        "The weighted loss of one forward pass, as a share of its step's."
+        inputs = dict(inputs)
+        weights, total = inputs.pop("weights", None), num_items_in_batch
+        if weights is not None:
+            total = weight_sum([{**inputs, "weights": weights}]) if total is None else total
+            weights, total = weights[:, 1:] / total.clamp(min=1e-12), torch.ones_like(total)
+        with weighted_outputs(model, weights):
+            return super().compute_loss(model, inputs, return_outputs, total)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        "Forward and backward through every pack of a batch."
+        packs = inputs.get("packs", [inputs])
+        self.current_gradient_accumulation_steps *= len(packs)
+        return sum(super(WeightedTrainer, self).training_step(model, one, num_items_in_batch) for one in packs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
+        for one in inputs.get("packs", [inputs]):
+            loss = super().prediction_step(model, one, True, ignore_keys)[0]
+            self.measured.append((loss.double() * weight_sum([one]).to(loss.device), weight_sum([one]).to(loss.device)))
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        "Measure; the loss is the mean over all held-out tokens."
+        self.measured = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.stack([torch.stack([loss, weight.double()]) for loss, weight in self.measured]).sum(0)
+        sums = self.accelerator.reduce(sums, "sum")
+        output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1].clamp(min=1e-12)).item()
+        return output
+
 # %% ../nbs/27_trainer.ipynb #246f7ae2
 def not_finite(
     what: str,  # "loss" or "gradient"
@@ -187,7 +242,7 @@ def not_finite(
         + (f"{saved[-1].name} is from before" if saved else "no checkpoint had been saved yet"))
 
 # %% ../nbs/27_trainer.ipynb #9f891fab
-class QuietTrainer(SFTTrainer):
+class QuietTrainer(WeightedTrainer):
     "TRL's trainer: silent, and never past a loss that is no number."
 
     def __init__(
@@ -208,7 +263,7 @@ class QuietTrainer(SFTTrainer):
         "Write no card; the run's folder has its own."
 
     def training_step(self, *args, **kwargs):
-        "One forward and backward pass; its loss must be a number."
+        "Forward and backward; the loss must be a number."
         loss = super().training_step(*args, **kwargs)
         self.check_finite("loss", float(loss))
         self.progress.step_loss += float(loss)
@@ -253,6 +308,46 @@ class KitTrainer(QuietTrainer):
         for old in saved_checkpoints(folder)[:-self.keep]:
             shutil.rmtree(old)
 
+# %% ../nbs/27_trainer.ipynb #f1809231
+def pack_length(
+    config: FineTuningConfig,  # resolved settings
+    rows: list[EncodedRow],  # all rows of the run
+    on_cpu: bool,  # whether the model is on the CPU
+) -> int:  # tokens
+    "Choose how much a pack holds: no more than a padded batch might have held."
+    batch = config.training.per_device_train_batch_size * config.max_seq_length
+    return max(min(256 if on_cpu else 8192, batch), config.max_seq_length, *(row.n_tokens for row in rows))
+
+
+def packing_problem(
+    model,  # the model that will be trained
+    rows: list[EncodedRow],  # its rows
+) -> str:  # why packing must not be used; empty: it may
+    "Ask whether packs are safe here."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return "several processes train together, and would not have equally many packs"
+    check = check_packing(model, rows)
+    return "" if check.passed else str(check)
+
+
+def settle_packing(
+    config: FineTuningConfig,  # resolved settings
+    model,  # ready to train
+    rows: list[EncodedRow],  # training rows
+) -> tuple[FineTuningConfig, list[str]]:  # settings that this model can keep, and what to tell
+    "Keep packing where it is safe, and say what it does; go on without it elsewhere."
+    if not config.training.packing:
+        return config, []
+    if problem := packing_problem(model, rows):
+        return config.replace(packing=False), [f"`packing` was switched off: {problem}"]
+    batch, most = config.training.effective_batch_size, pack_length(config, rows, model.device.type == "cpu")
+    packings = [pack_rows(rows[start:start + batch], most) for start in range(0, len(rows), batch)]
+    each, wasted = sum(len(packing.packs) for packing in packings) / len(packings), padding_share(
+        [row.n_tokens for row in rows], config.training.per_device_train_batch_size)
+    return config, [f"packing: the {min(batch, len(rows))} rows of a step go through in {each:.1f} packs of up to "
+                    f"{most} tokens, {len(rows) / sum(len(packing.packs) for packing in packings):.1f} rows a pack; "
+                    f"no padding, {wasted:.0%} without packing"]
+
 # %% ../nbs/27_trainer.ipynb #a9380af9
 def trainer_arguments(
     config: FineTuningConfig,  # resolved settings
@@ -266,6 +361,9 @@ def trainer_arguments(
             "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm",
             "gradient_checkpointing", "logging_steps", "save_steps", "eval_steps", "seed")
     words = {name: getattr(config.training, name) for name in same}
+    if config.training.packing:  # a step's rows are packed together: the same steps, in as many passes as packs
+        words.update(per_device_train_batch_size=config.training.effective_batch_size, gradient_accumulation_steps=1,
+                     per_device_eval_batch_size=max(64, words["per_device_eval_batch_size"]))
     words["warmup_steps"] = config.training.resolved_warmup(n_rows)
     if words["lr_scheduler_type"] == "constant" and words["warmup_steps"]:
         words["lr_scheduler_type"] = "constant_with_warmup"
@@ -289,11 +387,16 @@ def make_trainer(
 ) -> KitTrainer:  # ready to run
     "Build the trainer of a run."
     train_rows, eval_rows = rows
+    if config.training.packing and (problem := packing_problem(model, train_rows)):
+        raise FinetuningError(f"`packing` cannot be used: {problem}; set it to false")
     arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
     trainer = KitTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
         eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress,
         keep=config.training.save_total_limit)
+    pad_id, on_cpu = trainer.data_collator.pad_token_id, model.device.type == "cpu"
+    packed = config.training.packing
+    trainer.data_collator = RowCollator(pad_id, pack_length(config, train_rows + eval_rows, on_cpu) if packed else None)
     if isinstance(model, PeftModel):  # TRL rounds the adapter of a 4-bit model to bf16
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.data = parameter.data.float()
