@@ -88,6 +88,13 @@ class Findings:
         if self.on_bad not in ("stop", "skip"):
             raise FinetuningError(f"`on_bad` must be stop or skip, got {self.on_bad!r}")
 
+    def to_dict(self) -> dict:
+        "Give the account as plain data, for a run's record"
+        notices = [{"code": each.code, "kind": each.kind, "message": each.message, "count": each.count}
+                   for each in self.notices.values()]
+        return {"n_rows": self.n_rows, "rows": dict(self.rows), "n_tokens": self.n_tokens, "tokens": dict(self.tokens),
+                "notices": notices}
+
     def note(
         self,
         code: str,  # short name, such as "blank_lines"

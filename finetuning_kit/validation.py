@@ -19,6 +19,7 @@ __all__ = ['MIN_WORDS', 'CHECKS', 'answers_of', 'texts_in', 'fields_of', 'finger
 # %% ../nbs/16_validation.ipynb #4583ca3e
 from .ledger import Ledger
 from .loading import iter_records, load_records
+from .mappings import read_mapping
 from .reading import read_rows
 from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
 from .settings import FinetuningError, markdown_table
@@ -227,6 +228,7 @@ class Report:
     total_examples: int  # rows
     valid_examples: int  # rows without an error; a row with two faults counts once
     findings: list[Finding] = field(default_factory=list)  # errors first
+    unfit: dict[int, str] = field(default_factory=dict)  # position of each row with an error -> its first code
 
     @property
     def issues(self) -> dict[str, int]:
@@ -289,24 +291,28 @@ def build_report(
     findings = [Finding(code, severity, len(faults[code]), [places[n] for n in faults[code]],
                         details.get(code, message), fix)
                 for code, (severity, message, fix) in CHECKS.items() if faults.get(code)]
-    unfit = {n for code, rows in faults.items() if CHECKS[code][0] == "error" for n in rows}
-    return Report(len(places), len(places) - len(unfit), findings)
+    errors = [code for code, (severity, *_) in CHECKS.items() if severity == "error"]
+    unfit = {n: code for code in reversed(errors) for n in faults.get(code, ())}
+    return Report(len(places), len(places) - len(unfit), findings, unfit)
 
 # %% ../nbs/16_validation.ipynb #7f34778d
 def validate_dataset(
     dataset,  # a file, "pocket", a Hub name, rows, dicts, records, or a `datasets.Dataset`
     eval_dataset=None,  # the evaluation set, in any of these forms; None: no check for leakage
     task: str = "instruct",  # chat, code, instruct, domain or custom; decides how short an answer may be
+    mapping=None,  # how the columns are read, in any form that `read_mapping` takes; None: find out
+    allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
 ) -> Report:  # what is wrong, where, and what to do
     "Judge a data set before a model sees it"
     if task not in MIN_WORDS:
         raise FinetuningError(f"`task` must be one of {', '.join(MIN_WORDS)}, got {task!r}")
     rows, rejects = read_rows(dataset), []
-    mapping = detect_shape(rows).mapping
-    good = iter_records(rows, ledger=Ledger("skip", on_reject=rejects.append))
+    mapping = detect_shape(rows, None if mapping is None else read_mapping(mapping)).mapping
+    good = iter_records(rows, mapping, Ledger("skip", on_reject=rejects.append), allow_mixture)
     found = {id(row.data): record for row, record in good}  # a line may hold several rows, so a place is no key
     records = [found.get(id(row.data)) for row in rows]
-    eval_keys = set() if eval_dataset is None else {prompt_key(record) for record in load_records(eval_dataset)}
+    eval_keys = set() if eval_dataset is None else {
+        prompt_key(record) for record in load_records(eval_dataset, mapping, allow_mixture=allow_mixture)}
     faults = find_faults(records, eval_keys, task)
     unused = [unused_columns(row.data, mapping) for row in rows]
     faults["unused_columns"] = [n for n, columns in enumerate(unused) if columns]
