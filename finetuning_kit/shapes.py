@@ -227,9 +227,10 @@ class Detection:
     confidence: float  # from 0 to 1: the share of the rows that fit; half for a row that fits another format as well
     reasons: tuple  # sentences
     shapes: tuple  # every `FoundShape`, the commonest first
+    columns: dict = field(default_factory=dict)  # column -> field, of the columns that rows have
 
     def __str__(self):
-        columns = [f"  `{column}` -> {name}" for column, name in self.mapping.columns.items()]
+        columns = [f"  `{column}` -> {name}" for column, name in self.columns.items()]
         return "\n".join([f"{self.mapping.format}, confidence {self.confidence:.2f}", *columns,
                           *(f"  because {reason}" for reason in self.reasons),
                           *(f"  {shape}" for shape in self.shapes if len(self.shapes) > 1)])
@@ -238,7 +239,7 @@ class Detection:
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><td><code>{html.escape(str(column))}</code></td><td>{html.escape(name)}</td></tr>"
-                       for column, name in self.mapping.columns.items())
+                       for column, name in self.columns.items())
         said = [*self.reasons, *(str(shape) for shape in self.shapes if len(self.shapes) > 1)]
         items = "".join(f"<li>{html.escape(each)}</li>" for each in said)
         head = f"<b>{html.escape(self.mapping.format)}</b>, confidence {self.confidence:.2f}"
@@ -263,7 +264,9 @@ def detect_shape(
     found = sorted((FoundShape(key[0], columns, count, place) for key, (count, place, columns) in shapes.items()),
                    key=lambda shape: (-shape.count, shape.place))
     n_own = shapes.get(own, (0,))[0]
-    return Detection(mapping, weights / len(rows), tuple(_reasons(rows, mapping, n_own, ways)), tuple(found))
+    met = set().union(*(row.data for row in rows))
+    columns = {column: name for column, name in mapping.columns.items() if column in met}
+    return Detection(mapping, weights / len(rows), tuple(_reasons(rows, mapping, n_own, ways)), tuple(found), columns)
 
 
 def _ways(data: dict, mapping: Mapping | None) -> tuple:
