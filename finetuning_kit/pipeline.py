@@ -45,8 +45,8 @@ def fit_rows(
     if report.ok:
         return rows, []
     if on_bad == "stop" or len(report.unfit) == len(rows):
-        raise FinetuningError(f"{len(report.unfit)} of {len(rows)} rows are not fit to train on, so nothing was started; "
-                              f"repair them, or leave them out: `on_bad` set to skip, or --skip-bad-rows\n{report}")
+        raise FinetuningError(f"{len(report.unfit)} of {len(rows)} rows are not fit to train on, so nothing was started;"
+                              f" repair them, or leave them out: `on_bad` set to skip, or --skip-bad-rows\n{report}")
     words = {finding.code: f"{finding.message}; {finding.fix}" for finding in report.findings}
     rejects = [Reject(rows[n].place, code, words[code], rows[n].data) for n, code in sorted(report.unfit.items())]
     return [row for n, row in enumerate(rows) if n not in report.unfit], rejects
@@ -161,7 +161,8 @@ def prepare_data(
                                        config.group_by)
     else:
         train, evaluation = pairs, read_pairs(config, held_out, ledger) if held_out else []
-    encoded = encode_rows(config, tokenizer, train, ledger), encode_rows(config, tokenizer, evaluation, ledger, "held out")
+    encoded = (encode_rows(config, tokenizer, train, ledger),
+               encode_rows(config, tokenizer, evaluation, ledger, "held out"))
     ledger.check()
     data = PreparedData(report, *encoded, [record for _, record in evaluation], rows_fingerprint(dataset, rows),
                         detection, ledger, skipped=ledger.rejects)
