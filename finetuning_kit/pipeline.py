@@ -45,8 +45,8 @@ def fit_rows(
     if report.ok:
         return rows, []
     if on_bad == "stop" or len(report.unfit) == len(rows):
-        raise FinetuningError(f"{len(report.unfit)} of {len(rows)} rows are not fit to train on, so nothing was started;"
-                              f" repair them, or leave them out: `on_bad` set to skip, or --skip-bad-rows\n{report}")
+        raise FinetuningError(f"{len(report.unfit)} of {len(rows)} rows are not fit to train on, so nothing was started"
+                              f"; repair them, or leave them out: `on_bad` set to skip, or --skip-bad-rows\n{report}")
     words = {finding.code: f"{finding.message}; {finding.fix}" for finding in report.findings}
     rejects = [Reject(rows[n].place, code, words[code], rows[n].data) for n, code in sorted(report.unfit.items())]
     return [row for n, row in enumerate(rows) if n not in report.unfit], rejects
