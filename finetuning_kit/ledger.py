@@ -50,7 +50,8 @@ class Notice:
     places: list[Place] = field(default_factory=list)  # the first `N_KEPT`
 
     def __str__(self):
-        where = ", ".join(map(str, self.places[:3])) + (f" and {self.count - 3} more" if self.count > 3 else "")
+        shown = list(dict.fromkeys(map(str, self.places)))[:3]
+        where = ", ".join(shown) + (f" and {self.count - len(shown)} more" if self.count > len(shown) else "")
         return f"{self.kind} {self.count} x {self.code}: {self.message}" + (f" ({where})" if self.places else "")
 
 
