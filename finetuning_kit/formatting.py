@@ -15,10 +15,10 @@ from functools import lru_cache
 # %% auto #0
 __all__ = ['TURN_KEYS', 'CALL', 'PLAIN_STYLE', 'SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'RowError', 'kind_name',
            'nearest_name', 'TurnStyle', 'turn_fields', 'check_keys', 'read_role', 'from_json', 'read_calls',
-           'read_parts', 'cut_parts', 'read_turn', 'read_turns', 'weigh', 'read_tools', 'read_conversation',
-           'to_messages', 'show_message', 'user_text', 'to_sample', 'tools_of', 'DatasetFormatter', 'AlpacaFormatter',
-           'InstructionFormatter', 'CompletionFormatter', 'ChatFormatter', 'openai_turn', 'ShareGPTFormatter',
-           'sharegpt_turn', 'locate_answer', 'formatter_for']
+           'read_parts', 'read_turn', 'read_turns', 'read_tools', 'read_conversation', 'to_messages', 'show_message',
+           'user_text', 'to_sample', 'tools_of', 'DatasetFormatter', 'AlpacaFormatter', 'InstructionFormatter',
+           'CompletionFormatter', 'ChatFormatter', 'openai_turn', 'ShareGPTFormatter', 'sharegpt_turn', 'locate_answer',
+           'formatter_for']
 
 # %% ../nbs/04_formatting.ipynb #9d073368
 from .config import DatasetFormat
@@ -29,11 +29,7 @@ from .settings import FinetuningError
 class RowError(FinetuningError):
     "A row that cannot be read, with a code for programs; whoever knows the row's place adds it"
 
-    def __init__(
-        self,
-        code: str,  # short name of the fault, such as "missing_key"
-        problem: str,  # what is wrong and what to do
-    ):
+    def __init__(self, code: str, problem: str):  # such as "missing_key"; what is wrong and what to do
         super().__init__(problem)
         self.code, self.problem = code, problem
 
@@ -67,19 +63,25 @@ CALL = "function_call"  # what a turn of this role says are calls, as JSON
 @dataclass(frozen=True)
 class TurnStyle:
     "How a data set spells its turns, where it departs from the usual"
-    keys: dict = field(default_factory=dict)  # key -> what it holds, as in `TURN_KEYS`, or "train", "train_detail"
+    keys: dict = field(default_factory=dict)  # key -> what it holds, as in `TURN_KEYS`
     roles: dict = field(default_factory=dict)  # spelling -> one of `ROLES`, or `CALL`; the usual ones hold besides
-    learn: tuple | None = None  # roles that carry loss, or ("last",) for the last answer; None: nothing is said
 
     def __post_init__(self):
-        taken = set(self.keys.values())
-        usual = {key: holds for key, holds in TURN_KEYS.items() if holds not in taken}
+        usual = {key: holds for key, holds in TURN_KEYS.items() if holds not in self.keys.values()}
         object.__setattr__(self, "known", {**usual, **self.keys})
+
+    def adapt(self, fields: dict) -> dict:
+        "Turn what only this style knows into fields of a message; here nothing is"
+        return fields
+
+    def finish(self, messages: list) -> list:
+        "Settle what depends on the whole conversation; here nothing does"
+        return messages
 
 
 PLAIN_STYLE = TurnStyle()
 
-
+# %% ../nbs/04_formatting.ipynb #18965a8e
 def turn_fields(
     turn: dict,  # a turn as the row holds it
     known: dict,  # key -> what it holds
@@ -135,7 +137,7 @@ def read_role(
         notes["role_names", f"{role} as {name}"] += 1
     return name
 
-
+# %% ../nbs/04_formatting.ipynb #2569766c
 def from_json(
     value,  # a value, or a text that holds it
     what: str,  # its name for the message
@@ -156,14 +158,11 @@ def read_calls(
     value, calls = from_json(value, "a function call"), []
     for call in value if isinstance(value, list) else [value]:
         call = from_json(call, "a function call")
-        inner = from_json(call.get("function", call), "a function call") if isinstance(call, dict) else {}
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise RowError("bad_call", "a function call must be an object with `name` and `arguments`")
-        arguments = from_json(inner.get("arguments") or {}, "`arguments` of a call")
-        if not isinstance(arguments, dict):
-            raise RowError("bad_call", f"`arguments` of a call must be an object {{...}}, got {kind_name(arguments)}")
-        name = {"id": call["id"]} if call.get("id") is not None else {}
-        calls.append({"name": inner["name"], "arguments": arguments, **name})
+        inner = call.get("function", call) if isinstance(call, dict) else {}
+        arguments = from_json(inner.get("arguments") or {}, "`arguments`") if isinstance(inner, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(inner.get("name"), str):
+            raise RowError("bad_call", "a call must be an object with `name`, and with `arguments` in an object {...}")
+        calls.append({"name": inner["name"], "arguments": arguments, **({"id": call["id"]} if call.get("id") else {})})
     return calls
 
 # %% ../nbs/04_formatting.ipynb #7ced4d1d
@@ -186,24 +185,9 @@ def read_parts(
             weight = part.get("weight", part.get("loss_weight"))
             texts.append({"text": text} if weight is None else {"text": text, "weight": weight})
         else:
-            raise RowError("not_text", f"a part of `content` has the type {kind!s:.20} and {kind_name(text)} in it; only "
-                                       "text can be learned, leave the row out")
+            raise RowError("not_text", f"a part of `content` has the type {kind!s:.20} and holds {kind_name(text)}; "
+                                       "only text can be learned, leave the row out")
     return texts
-
-
-def cut_parts(
-    content: str,  # the whole text
-    details: list,  # objects with `begin_offset`, `end_offset` (of the last character) and `train`
-) -> list[dict]:  # the text in pieces of weight 1 or 0
-    "Cut a text where offsets say what is learned"
-    weights = [0.0] * len(content)
-    for detail in details:
-        if not isinstance(detail, dict) or not {"begin_offset", "end_offset", "train"} <= detail.keys():
-            raise RowError("bad_detail", "each detail must have `begin_offset`, `end_offset` and `train`")
-        span = slice(detail["begin_offset"], detail["end_offset"] + 1)
-        weights[span] = [float(detail["train"])] * len(weights[span])
-    cuts = [0, *(n for n in range(1, len(content)) if weights[n] != weights[n - 1]), len(content)]
-    return [{"text": content[a:b], "weight": weights[a]} for a, b in zip(cuts, cuts[1:]) if b > a]
 
 # %% ../nbs/04_formatting.ipynb #c635e7a5
 def read_turn(
@@ -214,7 +198,7 @@ def read_turn(
     "Read one turn of a conversation"
     if not isinstance(turn, dict):
         raise RowError("wrong_type", f"a turn must be an object with `role` and `content`, got {kind_name(turn)}")
-    fields = turn_fields(turn, style.known)
+    fields = style.adapt(turn_fields(turn, style.known))
     role, content = read_role(fields.pop("role"), style, notes), fields.pop("content", None)
     if role == CALL:
         role, content, fields["tool_calls"] = "assistant", "", content
@@ -224,10 +208,6 @@ def read_turn(
         content, fields["parts"] = None, read_parts(content, fields)
         if notes is not None:
             notes["content_parts", "parts of a content joined"] += 1
-    if "train_detail" in fields and isinstance(content, str):
-        fields["parts"] = cut_parts(content, fields.pop("train_detail"))
-    if "train" in fields:
-        fields["weight"] = float(fields.pop("train"))
     if "parts" in fields and not any("weight" in part for part in fields["parts"]):
         content = "".join(part["text"] for part in fields.pop("parts"))
     elif not isinstance(content, str) and (content is not None or not fields.keys() & {"tool_calls", "parts"}):
@@ -235,7 +215,7 @@ def read_turn(
                        f"`content` must be text, got {kind_name(content)}")
     return Message(role, **fields) if content is None and "parts" in fields else Message(role, content or "", **fields)
 
-
+# %% ../nbs/04_formatting.ipynb #7e221849
 def read_turns(
     turns: list,  # turns as the row holds them, or messages; one turn may stand without its list
     style: TurnStyle = PLAIN_STYLE,  # how the data set spells its turns
@@ -253,18 +233,7 @@ def read_turns(
             raise RowError(getattr(error, "code", "bad_turn"), f"turn {number}: {error}") from None
     if not messages:
         raise RowError("no_turns", "the list of turns is empty; give at least one")
-    return messages if style.learn is None else weigh(messages, style.learn)
-
-
-def weigh(
-    messages: list[Message],  # the turns
-    learn: tuple,  # roles that carry loss, or ("last",) for the last answer
-) -> list[Message]:  # the turns, with a weight where it differs from the usual
-    "Note which turns carry loss where a data set says so by role"
-    last = max((n for n, message in enumerate(messages) if message.role == "assistant"), default=-1)
-    learned = [n == last if learn == ("last",) else message.role in learn for n, message in enumerate(messages)]
-    return [message if message.weight is not None or message.parts or yes == (message.role == "assistant") else
-            replace(message, weight=float(yes)) for message, yes in zip(messages, learned)]
+    return style.finish(messages)
 
 # %% ../nbs/04_formatting.ipynb #12c311f2
 def read_tools(
@@ -272,10 +241,10 @@ def read_tools(
 ) -> tuple:  # the schemas
     "Read the tools on offer"
     tools = from_json(tools or [], "`tools`")
-    tools = [from_json(tool, "`tools`") for tool in (tools if isinstance(tools, (list, tuple)) else [tools])]
+    tools = tuple(from_json(tool, "`tools`") for tool in (tools if isinstance(tools, (list, tuple)) else [tools]))
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("wrong_type", "`tools` must be a list of objects, each with a tool's name and parameters")
-    return tuple(tools)
+    return tools
 
 
 def read_conversation(
@@ -287,12 +256,11 @@ def read_conversation(
 ) -> Conversation:  # the conversation
     "Read a whole conversation"
     messages = read_turns(turns, style, notes)
-    if system is not None and not isinstance(system, str):
-        raise RowError("wrong_type", f"the system text must be text, got {kind_name(system)}")
-    if system and messages[0].role == "system" and messages[0].content != system:
+    if system and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    elif system and messages[0].content != system:
         raise RowError("two_systems", "the row has a system text and another one as its first turn; keep one")
-    first = [Message("system", system)] if system and messages[0].role != "system" else []
-    return Conversation([*first, *messages], read_tools(tools))
+    return Conversation(messages, read_tools(tools))
 
 # %% ../nbs/04_formatting.ipynb #350bc07e
 def to_messages(
@@ -305,10 +273,10 @@ def to_messages(
     if isinstance(record, Conversation):
         return [show_message(turn) for turn in record.messages]
     if not isinstance(record, TrainingSample):
-        raise FinetuningError(f"a sample or a conversation is needed, got a {type(record).__name__}; plain text and "
-                              "preference pairs cannot be shown as one chat")
-    start = [{"role": "system", "content": record.system}] if record.system else []
-    return [*start, {"role": "user", "content": user_text(record)}, {"role": "assistant", "content": record.output}]
+        raise FinetuningError(f"a sample or a conversation is needed, got a {type(record).__name__}; texts, pairs and "
+                              "feedback cannot be shown as one chat")
+    said = {"system": record.system, "user": user_text(record), "assistant": record.output}
+    return [{"role": role, "content": text} for role, text in said.items() if text or role != "system"]
 
 
 def show_message(
@@ -321,9 +289,8 @@ def show_message(
     if message.tool_calls:
         shown["tool_calls"] = [{**({} if call.id is None else {"id": call.id}), "type": "function", "function": {
             "name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
-    for name in ("tool_call_id", "name", "weight"):
-        if getattr(message, name) is not None:
-            shown[name] = getattr(message, name)
+    more = {name: getattr(message, name) for name in ("tool_call_id", "name", "weight")}
+    shown |= {name: value for name, value in more.items() if value is not None}
     return {**shown, "parts": [part.to_dict() for part in message.parts]} if message.parts else shown
 
 
@@ -352,9 +319,9 @@ def to_sample(
     more = sorted({key for message in messages for key in message} - {"role", "content"}
                   | ({"tools"} if tools_of(record) else set()))
     if more or roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise FinetuningError("this format holds one instruction and one answer, got "
-                              + (f"{', '.join(f'`{key}`' for key in more)} besides" if more else
-                                 f"the turns {', '.join(roles)}") + "; write conversations as chat or sharegpt")
+        got = f"{', '.join(f'`{key}`' for key in more)} besides" if more else f"the turns {', '.join(roles)}"
+        raise FinetuningError(f"this format holds one instruction and one answer, got {got}; "
+                              "write conversations as chat or sharegpt")
     return TrainingSample(instruction=messages[-2]["content"], output=messages[-1]["content"],
                           system=messages[0]["content"] if len(roles) == 3 else None)
 
@@ -427,8 +394,7 @@ class CompletionFormatter(DatasetFormatter):
     def prompt_and_answer(self, sample):
         "Give what the user says, and the output"
         sample = to_sample(sample)
-        start = f"{sample.system}\n\n" if sample.system else ""
-        return start + user_text(sample), sample.output
+        return f"{sample.system}\n\n" * bool(sample.system) + user_text(sample), sample.output
 
 # %% ../nbs/04_formatting.ipynb #d9bfd5a8
 class ChatFormatter(DatasetFormatter):
@@ -489,12 +455,10 @@ def sharegpt_turn(
     lost += ["content beside calls"] * bool(calls and turn["content"])
     if lost:
         raise FinetuningError(f"ShareGPT has no place for {', '.join(lost)}; write the row as chat, or leave that out")
-    weight = {"weight": turn["weight"]} if "weight" in turn else {}
-    if not calls:
-        return {"from": SHAREGPT_ROLES[turn["role"]], "value": turn["content"], **weight}
     functions = [call["function"] for call in calls]
-    said = json.dumps(functions if len(functions) > 1 else functions[0], ensure_ascii=False)
-    return {"from": CALL, "value": said, **weight}
+    said = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
+    shown = {"from": CALL, "value": said} if calls else {"from": SHAREGPT_ROLES[turn["role"]], "value": turn["content"]}
+    return {**shown, "weight": turn["weight"]} if "weight" in turn else shown
 
 # %% ../nbs/04_formatting.ipynb #656ae307
 ANSWER_MARKER = "\ue000answer\ue001"  # private-use characters, which no real answer holds

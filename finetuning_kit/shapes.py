@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['FORMATS', 'Format', 'Mapping']
+__all__ = ['FORMATS', 'KINDS', 'Format', 'Mapping', 'kinds_of', 'fitting', 'rival_of', 'FoundShape', 'listed', 'Detection',
+           'detect_shape', 'unknown_columns']
 
 # %% ../nbs/10_shapes.ipynb #52e57114
 from .formatting import PLAIN_STYLE, TurnStyle, nearest_name
 from .ledger import DataError
+from .reading import place_rows
 from .records import Conversation, Document, Feedback, Place, PreferencePair, Row, TrainingSample
 
 # %% ../nbs/10_shapes.ipynb #976b4473
@@ -26,7 +28,7 @@ class Format:
     about: str  # what such rows hold
     record: type  # the record that a row becomes
     columns: dict  # column -> field of the record; every row has them
-    optional: dict = field(default_factory=dict)  # column -> field; a row may have them; the first of a field is written
+    optional: dict = field(default_factory=dict)  # column -> field; may be there; of one field the first is written
     holds: str = "text"  # what `columns` hold: "text", "messages" (turns in a list, or one turn), or "any" of both
     others: tuple = ()  # further sets of columns that are read in the same way
     turn: dict = field(default_factory=lambda: {"role": "role", "content": "content"})  # keys of a turn, as written
@@ -62,16 +64,17 @@ def _pairs() -> list[Format]:
                example={"prompt": _TURNS, "chosen": _REPLY, "rejected": _WORSE}),
         Format("sharegpt_preference", "ShareGPT turns with a better and a worse reply", PreferencePair,
                {"conversations": "prompt", **_PAIR}, _SAID, "messages", **_SHAREGPT,
-               example={"conversations": [{"from": "human", "value": _ASKED}], "chosen": {"from": "gpt", "value": "Paris"},
-                        "rejected": {"from": "gpt", "value": "Lyon"}}),
+               example={"conversations": [{"from": "human", "value": _ASKED}],
+                        "chosen": {"from": "gpt", "value": "Paris"}, "rejected": {"from": "gpt", "value": "Lyon"}}),
         Format("preference_implicit", "two conversations that share their beginning, the better one first",
                PreferencePair, dict(_PAIR), _SAID, "any",
                example={"chosen": _TURNS + _REPLY, "rejected": _TURNS + _WORSE})]
 
-
+# %% ../nbs/10_shapes.ipynb #d163ec20
 def _feedback() -> list[Format]:
-    asked = (("prompt", "response"), ("instruction", "output"), ("instruction", "completion"), ("question", "completion"))
-    whole = {"messages": "messages", "label": "label"}
+    asked = (("prompt", "response"), ("instruction", "output"), ("instruction", "completion"),
+             ("question", "completion"))
+    whole = tuple({column: "messages", "label": "label"} for column in ("messages", "conversations", "completion"))
     return [
         Format("feedback", "a prompt with one answer, and whether it is good", Feedback,
                {"prompt": "prompt", "completion": "completion", "label": "label"},
@@ -80,7 +83,7 @@ def _feedback() -> list[Format]:
                example={"prompt": _ASKED, "completion": "Paris", "label": True}),
         Format("feedback_messages", "messages with one answer, and whether it is good", Feedback,
                {"prompt": "prompt", "completion": "completion", "label": "label"}, _SAID, "messages",
-               others=(whole, {"conversations": "messages", "label": "label"}, {"completion": "messages", "label": "label"}),
+               others=whole,
                example={"prompt": _TURNS, "completion": _REPLY, "label": True})]
 
 # %% ../nbs/10_shapes.ipynb #a6fbf1f7
@@ -98,16 +101,16 @@ def _conversations() -> list[Format]:
                {"prompt": "prompt", "completion": "completion"}, {"tools": "tools"}, "messages",
                example={"prompt": _TURNS, "completion": _REPLY})]
 
-
+# %% ../nbs/10_shapes.ipynb #8826428c
 def _samples() -> list[Format]:
     named = [("alpaca", "instruction", "output", "an instruction, perhaps an input, and the answer"),
              ("instruction_response", "instruction", "response", "an instruction and its response"),
              ("prompt_completion", "prompt", "completion", "a prompt and its completion"),
              ("prompt_response", "prompt", "response", "a prompt and its response"),
              ("question_answer", "question", "answer", "a question and its answer")]
-    history = {"history": "history"}
+    more = {"alpaca": {"history": "history", "tools": "tools"}}
     return [*(Format(name, about, TrainingSample, {asked: "instruction", answer: "output"},
-                     {**_EXTRAS, **(history if name == "alpaca" else {})}, example={asked: _ASKED, answer: "Paris"})
+                     {**_EXTRAS, **more.get(name, {})}, example={asked: _ASKED, answer: "Paris"})
               for name, asked, answer, about in named),
             Format("document_summary", "a document and its summary", TrainingSample,
                    {"document": "instruction", "summary": "output"}, {"system": "system"},
@@ -151,3 +154,173 @@ class Mapping:
     def __str__(self):
         columns = ", ".join(f"`{column}` -> {name}" for column, name in self.columns.items())
         return f"{self.format} ({self.source}): {columns}"
+
+# %% ../nbs/10_shapes.ipynb #78122e80
+KINDS = {list: "turns", dict: "turns", type(None): "null", bool: "verdict"}  # of a value; all others are "text"
+_READINGS = [(each, columns) for each in FORMATS.values() if each.found for columns in (each.columns, *each.others)]
+
+
+def kinds_of(
+    data: dict,  # a row's columns and values
+) -> tuple:  # (column, kind) of each
+    "Say of every column whether it holds turns, a verdict, a null or something else"
+    return tuple((column, KINDS.get(type(value), "text")) for column, value in data.items())
+
+
+@lru_cache(maxsize=4096)
+def fitting(
+    kinds: tuple,  # (column, kind) of each column, as `kinds_of` gives them
+    by_name: bool = False,  # True: look at the names alone, whatever the columns hold
+) -> tuple[Mapping, ...]:  # every way to read such a row, the first one goes first
+    "Find the formats whose columns a row has"
+    kinds = dict(kinds)
+    return tuple(Mapping(each.name, {**columns, **{
+        column: name for column, name in each.optional.items() if column not in columns}})
+        for each, columns in _READINGS
+        if columns.keys() <= kinds.keys() and (by_name or _holds(each, columns, kinds)))
+
+
+def _holds(each: Format, columns: dict, kinds: dict) -> bool:
+    turns = [kinds[column] == "turns" for column, name in columns.items() if name != "label"]
+    labels = [kinds[column] for column, name in columns.items() if name == "label"]
+    is_judged = labels in ([], ["verdict"]) or columns is each.columns  # else a label may be a class, and unused
+    if not is_judged or "null" in [kinds[column] for column in columns]:
+        return False
+    return each.holds == "any" or any(turns) == (each.holds == "messages")
+
+# %% ../nbs/10_shapes.ipynb #d2420a72
+def rival_of(
+    candidates: tuple[Mapping, ...],  # ways to read one row, the first one goes first
+) -> Mapping | None:  # a second way that would give another answer; None when there is none
+    "Say whether a row asks and answers twice"
+    answers = [each for each in candidates if FORMATS[each.format].record in (TrainingSample, Conversation)]
+    if not answers or answers[0] != candidates[0] or answers[0].format == "label_text":
+        return None
+    return next((each for each in answers[1:] if each.format != "label_text"
+                 and not each.required.keys() <= answers[0].required.keys()), None)
+
+# %% ../nbs/10_shapes.ipynb #f573bcdf
+@dataclass(frozen=True)
+class FoundShape:
+    "A shape that some rows have"
+    format: str  # a name in `FORMATS`; empty: none fits
+    columns: tuple  # columns that decide; where no format fits, all of the first such row
+    count: int  # rows
+    place: Place  # where the first of them stands
+
+    def __str__(self):
+        return f"{self.count} x {self.format or 'no known shape'} ({listed(self.columns)}), first at {self.place}"
+
+
+def listed(
+    names,  # columns
+) -> str:  # the first eight, in backticks
+    "List columns for a sentence"
+    names = [f"`{name}`" for name in names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "(none)"
+
+# %% ../nbs/10_shapes.ipynb #4eb06284
+@dataclass(frozen=True)
+class Detection:
+    "Which shape rows have, why, and how surely"
+    mapping: Mapping  # how to read them
+    confidence: float  # from 0 to 1: the share of the rows that fit; half for a row that fits another format as well
+    reasons: tuple  # sentences
+    shapes: tuple  # every `FoundShape`, the commonest first
+
+    def __str__(self):
+        columns = [f"  `{column}` -> {name}" for column, name in self.mapping.columns.items()]
+        return "\n".join([f"{self.mapping.format}, confidence {self.confidence:.2f}", *columns,
+                          *(f"  because {reason}" for reason in self.reasons),
+                          *(f"  {shape}" for shape in self.shapes if len(self.shapes) > 1)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td><code>{html.escape(str(column))}</code></td><td>{html.escape(name)}</td></tr>"
+                       for column, name in self.mapping.columns.items())
+        said = [*self.reasons, *(str(shape) for shape in self.shapes if len(self.shapes) > 1)]
+        items = "".join(f"<li>{html.escape(each)}</li>" for each in said)
+        head = f"<b>{html.escape(self.mapping.format)}</b>, confidence {self.confidence:.2f}"
+        return f"<p>{head}</p><table><tr><th>column</th><th>read as</th></tr>{rows}</table><ul>{items}</ul>"
+
+# %% ../nbs/10_shapes.ipynb #31167e95
+def detect_shape(
+    rows: list,  # rows, or dicts
+    mapping: Mapping | None = None,  # how the user wants them read; None: find out
+) -> Detection:  # the shape of most rows, and every other one
+    "Find out which shape rows have"
+    rows = place_rows(rows)
+    mapping = mapping and _settled(mapping, rows)
+    ways = [_ways(row.data, mapping) for row in rows]
+    mapping = mapping or _commonest(rows, ways)
+    shapes, weights, own = {}, 0.0, _shape_key(mapping)
+    for row, found in zip(rows, ways):
+        key = _shape_key(found[0]) if found else ("", ())
+        count, place, columns = shapes.get(key, (0, row.place, key[1] or tuple(row.data)))
+        shapes[key] = count + 1, place, columns
+        weights += (0.5 if rival_of(found) else 1) * (key == own)
+    found = sorted((FoundShape(key[0], columns, count, place) for key, (count, place, columns) in shapes.items()),
+                   key=lambda shape: (-shape.count, shape.place))
+    n_own = shapes.get(own, (0,))[0]
+    return Detection(mapping, weights / len(rows), tuple(_reasons(rows, mapping, n_own, ways)), tuple(found))
+
+
+def _ways(data: dict, mapping: Mapping | None) -> tuple:
+    if mapping is None:
+        return fitting(kinds_of(data))
+    return (mapping,) if all(data.get(column) is not None for column in mapping.required) else ()
+
+
+def _shape_key(mapping: Mapping) -> tuple:
+    return mapping.format, tuple(mapping.required)
+
+# %% ../nbs/10_shapes.ipynb #3cb1ef23
+def _commonest(rows: list[Row], ways: list) -> Mapping:
+    for candidates in (ways, [fitting(kinds_of(row.data), by_name=True) for row in rows]):
+        counts = Counter(found[0] for found in candidates if found)
+        if counts:
+            order = list(FORMATS)
+            return max(counts, key=lambda mapping: (counts[mapping], -order.index(mapping.format)))
+    raise unknown_columns(rows)
+
+
+def _reasons(rows: list[Row], mapping: Mapping, n_own: int, ways: list) -> list[str]:
+    each, required = FORMATS[mapping.format], mapping.required
+    why = "the user says so" if mapping.source != "detected" else f"{n_own} of {len(rows)} rows have {listed(required)}"
+    reasons = [f"{why}: {each.about}"]
+    used = [column for column in mapping.columns if column not in required and any(
+        row.data.get(column) is not None for row in rows)]
+    reasons += [f"{listed(used)} may be there, and is"] if used else []
+    unused = dict.fromkeys(column for row in rows for column in row.data if column not in mapping.columns)
+    reasons += [f"{listed(unused)} is not read"] if unused else []
+    rival = next((rival for found in ways if (rival := rival_of(found))), None)
+    return reasons + ([f"it could be {rival.format} ({listed(rival.required)}) as well"] if rival else [])
+
+
+def unknown_columns(
+    rows: list[Row],  # rows of which none fits a format
+) -> DataError:  # to be raised
+    "Say which columns there are, and which were wanted"
+    columns = sorted({str(column) for row in rows for column in row.data})
+    known = frozenset(column for _, wanted in _READINGS for column in wanted)
+    near = {column: meant for column in columns if (meant := nearest_name(column, known - set(columns)))}
+    hint = ("rename " + ", ".join(f"`{column}` to `{meant}`" for column, meant in near.items()) if near else
+            "rows need `instruction` and `output`, `prompt` and `completion`, `messages`, `conversations`, or `text`; "
+            "or say which column is which, such as `mapping` \"q=prompt, a=completion\"")
+    return DataError("unknown_columns", f"the columns {listed(columns)} fit no known shape; {hint}", rows[0].place)
+
+# %% ../nbs/10_shapes.ipynb #1e3336a9
+_TWINS = {"prompt_completion": ("trl_conversational_prompt_completion",
+                                {"instruction": "prompt", "output": "completion"}),
+          "preference": ("preference_messages", {}), "feedback": ("feedback_messages", {})}
+
+
+def _settled(mapping: Mapping, rows: list[Row]) -> Mapping:
+    twin, renamed = _TWINS.get(mapping.format, ("", {}))
+    columns = {column: renamed.get(name, name) for column, name in mapping.columns.items()}
+    turns = [isinstance(row.data.get(column), (list, dict)) for row in rows for column in mapping.required]
+    if mapping.source != "columns" or not twin or 2 * sum(turns) <= len(turns):
+        return mapping
+    known = {*FORMATS[twin].columns.values(), *FORMATS[twin].optional.values()}
+    return replace(mapping, format=twin, columns={c: name for c, name in columns.items() if name in known})
