@@ -38,6 +38,7 @@ class Span(NamedTuple):
     start: int  # its first character
     end: int  # the character behind its last
     role: str = ""  # whose words it holds
+    weight: float = 1.0  # how much it counts in the loss
 
 
 def place_contents(
