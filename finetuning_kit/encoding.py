@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 
 # %% auto #0
 __all__ = ['Marks', 'find_marks', 'encode_texts', 'encode_text', 'make_twin', 'secret_names', 'stretches', 'encode_safely',
-           'count_spelled', 'EncodedRow', 'token_html', 'Part', 'find_parts', 'own_marks', 'encode_at_seams', 'until',
-           'weighted_row', 'find_spare', 'label_by_offsets', 'tokens_of', 'label_all', 'label_by_marks', 'label',
-           'token_texts', 'RowView', 'show_row']
+           'count_spelled', 'EncodedRow', 'token_html', 'AnswerTokens', 'find_parts', 'own_marks', 'encode_at_seams',
+           'until', 'weighted_row', 'find_spare', 'label_by_offsets', 'tokens_of', 'label_all', 'label_by_marks',
+           'label', 'token_texts', 'RowView', 'show_row']
 
 # %% ../nbs/21_encoding.ipynb #4904054e
 from .records import Place
@@ -223,7 +223,7 @@ def token_html(
     return f'<code style="{style};white-space:pre-wrap">{html.escape(text)}</code>'
 
 # %% ../nbs/21_encoding.ipynb #92515542
-class Part(NamedTuple):
+class AnswerTokens(NamedTuple):
     "An answer, on its way from characters to tokens"
     start: int  # the token behind the prompt's last mark
     end: int  # the token behind the answer
@@ -235,7 +235,7 @@ def find_parts(
     own: list[tuple[int, int, int]],  # first and last+1 character and id of the template's own marks
     found: list[int],  # the tokens that stand for them
     n_tokens: int,  # tokens of the row
-) -> list[Part] | None:  # a part for each answer; None where marks alone do not tell
+) -> list[AnswerTokens] | None:  # a part for each answer; None where marks alone do not tell
     "Find answers between marks, without offsets"
     ends, parts = [end for _, end, _ in own], []
     for span in rendering.answers:
@@ -250,7 +250,7 @@ def find_parts(
             return None
         first = found[before - 1] if before else 0
         tail = rendering.text[own[before - 1][0] if before else 0:span.start]
-        parts.append(Part(first, end, tail))
+        parts.append(AnswerTokens(first, end, tail))
     return parts
 
 # %% ../nbs/21_encoding.ipynb #3ffb9f48
@@ -391,7 +391,7 @@ def label_all(
 # %% ../nbs/21_encoding.ipynb #10069107
 def label_by_marks(
     ids: list[int],  # the tokens of a row
-    parts: list[Part],  # its answers
+    parts: list[AnswerTokens],  # its answers
     tails: dict[str, list[int]],  # the tokens of what each prompt ends in
 ) -> EncodedRow | None:  # None where a prompt's tokens are not the row's beginning
     "Label a row whose answers stand between marks"

@@ -20,7 +20,8 @@ from .reading import read_rows
 from .records import Document
 from .runs import RunFolder
 from .settings import FinetuningError
-from .tokens import EncodedRow, encode_prompt, encode_records, to_dataset
+from .encoding import EncodedRow
+from .tokens import encode_prompt, encode_records, to_dataset
 from .training import add_lora, train
 
 # %% ../nbs/33_finetuner.ipynb #8eade428

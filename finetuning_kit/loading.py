@@ -14,9 +14,9 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['N_LOOKED', 'BUILDERS', 'NOTICES', 'check_value', 'check_names', 'same', 'check_shape', 'build_sample',
-           'build_document', 'build_conversation', 'as_turns', 'build_feedback', 'ask', 'find_prompt', 'split_shared',
-           'build_pair', 'plan_columns', 'pick_fields', 'RowReader', 'to_record', 'tell', 'read_all', 'settle_row',
-           'iter_records', 'load_records', 'write_whole']
+           'build_document', 'build_conversation', 'as_turns', 'build_feedback', 'join_prompt', 'find_prompt',
+           'split_shared', 'build_pair', 'plan_columns', 'pick_fields', 'RowReader', 'to_record', 'tell_ledger',
+           'read_all', 'settle_row', 'iter_records', 'load_records', 'write_whole']
 
 # %% ../nbs/12_loading.ipynb #9a2d73f0
 from .formatting import (
@@ -153,11 +153,11 @@ def build_feedback(
         if len(turns) < 2 or turns[-1].role != "assistant":
             raise RowError("no_answer", "the last turn must be the assistant's, for the label judges it; mend the row")
         fields["prompt"], fields["completion"] = turns[:-1], turns[-1:]
-    prompt, completion = ask(fields, "completion", style=style, notes=notes)
+    prompt, completion = join_prompt(fields, "completion", style=style, notes=notes)
     return Feedback(prompt, completion, fields["label"], read_tools(fields.get("tools")))
 
 
-def ask(
+def join_prompt(
     fields: dict,  # field -> value; those that belong to the prompt are used
     *answers: str,  # fields that hold answers
     style: TurnStyle,  # how turns are spelled
@@ -216,7 +216,7 @@ def build_pair(
     is_implicit = "prompt" not in fields
     if is_implicit:
         fields |= dict(zip(("prompt", "chosen", "rejected"), find_prompt(fields, style, notes)))
-    prompt, *both = ask(fields, "chosen", "rejected", style=style, notes=notes)
+    prompt, *both = join_prompt(fields, "chosen", "rejected", style=style, notes=notes)
     shared, *rest = split_shared(*both)
     if not is_implicit and shared and isinstance(shared, list) and shared[-1] == prompt[-1]:
         prompt, both = (shared if len(shared) > len(prompt) else prompt), rest
@@ -324,7 +324,7 @@ def to_record(
     except FinetuningError as error:
         raise DataError("bad_record", str(error), row.place) from None
     if ledger is not None:
-        tell(ledger, reader.notes, dict.fromkeys(reader.notes, row.place))
+        tell_ledger(ledger, reader.notes, dict.fromkeys(reader.notes, row.place))
     return record
 
 
@@ -335,7 +335,7 @@ NOTICES = {  # code -> its kind, and what it says before the particulars
     "unknown_column": ("warning", "columns that appear late, and that no record takes")}
 
 
-def tell(
+def tell_ledger(
     ledger: Ledger,  # takes the notices
     notes: Counter,  # (code, words) -> how often
     places: dict,  # (code, words) -> where it was met first
@@ -370,7 +370,7 @@ def read_all(
             if record is not None:
                 yield row, record
     finally:
-        tell(ledger, notes, places)
+        tell_ledger(ledger, notes, places)
 
 # %% ../nbs/12_loading.ipynb #3e77f9a2
 def settle_row(

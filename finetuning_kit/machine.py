@@ -10,7 +10,8 @@ __all__ = ['Machine', 'cpu_has_bf16', 'gpu_problem', 'cpu_of', 'probe_machine', 
 from dataclasses import dataclass, replace
 
 # %% ../nbs/17_machine.ipynb #939ade76
-from .config import FineTuningConfig, FinetuningError
+from .config import FineTuningConfig
+from .settings import FinetuningError
 
 # %% ../nbs/17_machine.ipynb #46d9c03b
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 
 # %% ../nbs/18_models.ipynb #360ac6a3
 import finetuning_kit
-from .config import FinetuningError
+from .settings import FinetuningError
 from .machine import Machine, has_bitsandbytes, precision_of, probe_machine, resolve_config
 
 # %% ../nbs/18_models.ipynb #2848bdcc

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 # %% ../nbs/24_packing.ipynb #b6fa987e
 from .settings import FinetuningError
-from .tokens import EncodedRow
+from .encoding import EncodedRow
 
 # %% ../nbs/24_packing.ipynb #5324706b
 import torch

@@ -22,7 +22,8 @@ from .reading import read_rows
 from .settings import FinetuningError
 from .shapes import Detection, detect_shape
 from .splitting import split_rows
-from .tokens import EncodedSet, encode_records
+from .lengths import EncodedSet
+from .tokens import encode_records
 from .validation import Report, validate_dataset
 
 # %% ../nbs/26_pipeline.ipynb #8980c408

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['FORMATS', 'KINDS', 'Format', 'Mapping', 'kinds_of', 'fitting', 'rival_of', 'FoundShape', 'listed', 'Detection',
+__all__ = ['FORMATS', 'VALUE_KINDS', 'Format', 'Mapping', 'kinds_of', 'fitting', 'rival_of', 'FoundShape', 'listed', 'Detection',
            'detect_shape', 'unknown_columns']
 
 # %% ../nbs/10_shapes.ipynb #52e57114
@@ -156,7 +156,7 @@ class Mapping:
         return f"{self.format} ({self.source}): {columns}"
 
 # %% ../nbs/10_shapes.ipynb #78122e80
-KINDS = {list: "turns", dict: "turns", type(None): "null", bool: "verdict"}  # of a value; all others are "text"
+VALUE_KINDS = {list: "turns", dict: "turns", type(None): "null", bool: "verdict"}  # of a value; all others are "text"
 _READINGS = [(each, columns) for each in FORMATS.values() if each.found for columns in (each.columns, *each.others)]
 
 
@@ -164,7 +164,7 @@ def kinds_of(
     data: dict,  # a row's columns and values
 ) -> tuple:  # (column, kind) of each
     "Say of every column whether it holds turns, a verdict, a null or something else"
-    return tuple((column, KINDS.get(type(value), "text")) for column, value in data.items())
+    return tuple((column, VALUE_KINDS.get(type(value), "text")) for column, value in data.items())
 
 
 @lru_cache(maxsize=4096)

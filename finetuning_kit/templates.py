@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Span', 'Piece', 'Pieces', 'mark_value', 'mark_message', 'render_skeleton', 'Placed', 'place_pieces',
-           'check_places', 'literals_of', 'Layout', 'lay_out', 'widen', 'contents_of', 'find_contents', 'Turn',
+           'check_places', 'literals_of', 'Layout', 'lay_out_row', 'widen', 'contents_of', 'find_contents', 'Turn',
            'find_turns', 'shorter_skeleton', 'answer_start', 'known_end', 'call_end', 'place_turn', 'add_end',
            'message_weight', 'part_weights', 'paint', 'Rendering', 'place_in_text', 'check_turns', 'strokes_of',
            'find_answers']
@@ -197,7 +197,7 @@ class Layout(NamedTuple):
     tools: list  # with markers
 
 
-def lay_out(
+def lay_out_row(
     tokenizer,  # a tokenizer with a chat template
     messages: list[dict],  # role and content of each turn; calls, thoughts
     ask: bool = False,  # True: end where the model's answer begins
@@ -263,7 +263,7 @@ def find_contents(
     tools: tuple | list = (),  # JSON schemas of the tools on offer
 ) -> tuple[str, list[Span]]:  # the template's text; where somebody's words stand in it
     "Render a conversation, and tell what somebody said from the template's own text"
-    layout = lay_out(tokenizer, messages, ask, tools)
+    layout = lay_out_row(tokenizer, messages, ask, tools)
     return layout.text, contents_of(layout, messages)
 
 # %% ../nbs/20_templates.ipynb #f5a23375
@@ -511,7 +511,7 @@ def find_answers(
     if isinstance(messages, Conversation):
         messages, tools = to_messages(messages), tools_of(messages)
     check_turns(messages, learn)
-    layout = lay_out(tokenizer, messages, False, tools)
+    layout = lay_out_row(tokenizer, messages, False, tools)
     text, strokes = strokes_of(tokenizer, layout, messages, learn)
     answers = paint(strokes)
     if not answers:

@@ -49,7 +49,7 @@ def format_answer(
             raise FinetuningError(f"the row holds {mark!r}, which its formatter writes as a control mark; "
                                   "remove it from the row")
     cuts = [match.span() for match in re.finditer("|".join(map(re.escape, own)) or "(?!)", text)]
-    edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
+    edges = sorted([0, *(edge for cut in cuts for edge in cut), len(prompt), len(prompt), len(text)])
     contents = [Span(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end]
     if not text.endswith(tokenizer.eos_token or text):
         text = add_end(tokenizer, text)
@@ -65,8 +65,8 @@ def render_record(
     "Choose how a record becomes text"
     if isinstance(record, (PreferencePair, Feedback)):
         what = "has two answers" if isinstance(record, PreferencePair) else "judges its answer"
-        raise FinetuningError(f"a {type(record).__name__} {what}, which is for preference training; supervised training "
-                              "takes samples, conversations or documents")
+        raise FinetuningError(f"a {type(record).__name__} {what}, which is for preference training; supervised "
+                              "training takes samples, conversations or documents")
     if isinstance(record, Document):
         if not record.text.strip():
             raise FinetuningError("the document is empty; remove the row")

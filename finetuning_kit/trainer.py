@@ -27,7 +27,8 @@ from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
 from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
 from .settings import FinetuningError
-from .tokens import EncodedRow, to_dataset
+from .encoding import EncodedRow
+from .tokens import to_dataset
 
 # %% ../nbs/28_trainer.ipynb #634afcc7
 import torch

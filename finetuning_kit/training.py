@@ -30,7 +30,7 @@ from .models import count_parameters, keep_gradients, load_model, load_tokenizer
 from .runs import RunFolder, checkpoint_step, disk_guard, find_start, plot_loss, png, run_fingerprint
 from .runs import saved_checkpoints
 from .settings import FinetuningError
-from .tokens import EncodedRow
+from .encoding import EncodedRow
 from .trainer import RunProgress, check_fit, check_rows, interrupts, labelled_positions, make_trainer
 from .trainer import memory_guard, own_forward, save_weights, settle_packing
 

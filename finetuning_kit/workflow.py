@@ -27,7 +27,9 @@ from .reading import read_rows
 from .records import Document
 from .runs import RunFiles, RunFolder, find_start, run_fingerprint
 from .settings import FinetuningError, markdown_table, setting_rows
-from .tokens import EncodedSet, RowView, encode_prompt, show_row
+from .encoding import RowView, show_row
+from .lengths import EncodedSet
+from .tokens import encode_prompt
 from .training import TrainedRun, free_folder, train
 
 # %% ../nbs/32_workflow.ipynb #e70e34c6
