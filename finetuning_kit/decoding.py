@@ -23,7 +23,7 @@ from pathlib import Path
 __all__ = ['LIMITS', 'FOREIGN_BYTES', 'PIECE', 'find_place', 'Limits', 'Origin', 'refuse_foreign', 'guess_encoding',
            'encoding_advice', 'display_name', 'check_file', 'unpack_gzip', 'iter_bytes', 'file_fingerprint',
            'check_fingerprint', 'note_mojibake', 'cut_at_fault', 'iter_text', 'refuse_bare_returns', 'long_bytes',
-           'reject_long', 'iter_lines']
+           'reject_long', 'iter_lines', 'Window']
 
 # %% ../nbs/06_decoding.ipynb #0f3b418b
 from .ledger import DataError, Ledger
@@ -370,3 +370,39 @@ def iter_lines(
         reject_long(origin, number, size, has_returns)
     elif carry:
         yield number, [carry]
+
+# %% ../nbs/06_decoding.ipynb #66d4fb2d
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class Window:
+    "A stretch of a text that is too long to hold"
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = iter(texts)
+        self.text, self.at = "", 0  # what is held, and where in it the reader is
+        self.line = self.column = 1  # the place of `at` in the file
+
+    def move(self, at: int) -> None:
+        "Go on to another character of the text that is held, and keep count of lines and columns"
+        self.line, self.column = find_place(self.text, at, self.line, self.column, self.at)
+        self.at = at
+
+    def grow(self) -> bool:
+        "Let go of what was read, and take in as much again as is left; False where nothing more comes"
+        held = self.text[self.at:]
+        parts, n_new = [held], 0
+        for text in self.texts:
+            parts.append(text)
+            n_new += len(text)
+            if n_new > len(held):
+                break
+        self.text, self.at = "".join(parts), 0
+        return n_new > 0
+
+    def peek(self) -> str:
+        "Step over white space, and give the character behind it; empty at the end of the file"
+        while True:
+            self.move(_BLANK.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self.grow():
+                return self.text[self.at:self.at + 1]
