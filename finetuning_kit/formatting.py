@@ -6,13 +6,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 # %% auto #0
-__all__ = ['SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'read_turns', 'to_messages', 'user_text', 'to_sample',
-           'DatasetFormatter', 'AlpacaFormatter', 'InstructionFormatter', 'CompletionFormatter', 'ChatFormatter',
-           'ShareGPTFormatter', 'locate_answer', 'formatter_for']
+__all__ = ['TURN_KEYS', 'CALL', 'PLAIN_STYLE', 'SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'RowError', 'kind_name',
+           'nearest_name', 'TurnStyle', 'turn_fields', 'check_keys', 'read_role', 'from_json', 'read_calls',
+           'read_parts', 'read_turn', 'read_turns', 'read_tools', 'read_conversation', 'to_messages', 'show_message',
+           'user_text', 'to_sample', 'tools_of', 'DatasetFormatter', 'AlpacaFormatter', 'InstructionFormatter',
+           'CompletionFormatter', 'ChatFormatter', 'openai_turn', 'ShareGPTFormatter', 'sharegpt_turn', 'locate_answer',
+           'formatter_for']
 
 # %% ../nbs/04_formatting.ipynb #9d073368
 from .config import DatasetFormat
@@ -20,42 +26,272 @@ from .records import Conversation, Message, TrainingSample, canonical_role
 from .settings import FinetuningError
 
 # %% ../nbs/04_formatting.ipynb #91b08cc9
-def read_turns(
-    turns: list,  # mappings with `role` and `content`, or with `from` and `value`, or messages
-) -> list[Message]:  # the same turns, their roles in canonical spelling
-    "Read the turns of a conversation under either pair of names"
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if isinstance(turn, Message):
-            messages.append(turn)
+class RowError(FinetuningError):
+    "A row that cannot be read, with a code for programs; whoever knows the row's place adds it"
+
+    def __init__(self, code: str, problem: str):  # such as "missing_key"; what is wrong and what to do
+        super().__init__(problem)
+        self.code, self.problem = code, problem
+
+
+def kind_name(
+    value,  # any value that a row can hold
+) -> str:  # what it is; a text is not quoted
+    "Name the kind of a value as JSON would"
+    names = {dict: "an object", list: "a list", str: "text", bool: str(value).lower(), type(None): "null",
+             int: f"the number {value!s:.20}", float: f"the number {value!s:.20}"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+@lru_cache(maxsize=1024)
+def nearest_name(
+    name: str,  # a column, or a key of a turn
+    known: frozenset[str],  # names that are understood
+) -> str | None:  # the one it was probably meant to be, None if none is near
+    "Find the name that a misspelt one was meant to be"
+    near = difflib.get_close_matches(str(name).strip().lower(), sorted(known), n=1, cutoff=0.8)
+    return near[0] if near else None
+
+# %% ../nbs/04_formatting.ipynb #7a0ee41d
+TURN_KEYS = {  # key -> what it holds
+    "role": "role", "from": "role", "content": "content", "value": "content", "reasoning_content": "thinking",
+    "thinking": "thinking", "reasoning": "thinking", "tool_calls": "tool_calls", "function_call": "tool_calls",
+    "tool_call_id": "tool_call_id", "name": "name", "weight": "weight", "loss_weight": "weight", "parts": "parts"}
+CALL = "function_call"  # what a turn of this role says are calls, as JSON
+
+
+@dataclass(frozen=True)
+class TurnStyle:
+    "How a data set spells its turns, where it departs from the usual"
+    keys: dict = field(default_factory=dict)  # key -> what it holds, as in `TURN_KEYS`
+    roles: dict = field(default_factory=dict)  # spelling -> one of `ROLES`, or `CALL`; the usual ones hold besides
+
+    def __post_init__(self):
+        usual = {key: holds for key, holds in TURN_KEYS.items() if holds not in self.keys.values()}
+        object.__setattr__(self, "known", {**usual, **self.keys})
+
+    def adapt(self, fields: dict) -> dict:
+        "Turn what only this style knows into fields of a message; here nothing is"
+        return fields
+
+    def finish(self, messages: list) -> list:
+        "Settle what depends on the whole conversation; here nothing does"
+        return messages
+
+
+PLAIN_STYLE = TurnStyle()
+
+# %% ../nbs/04_formatting.ipynb #18965a8e
+def turn_fields(
+    turn: dict,  # a turn as the row holds it
+    known: dict,  # key -> what it holds
+) -> dict:  # what it holds -> value; a null only under role and content
+    "Pick what is understood from a turn"
+    fields = {}
+    for key, value in turn.items():
+        holds = known.get(key)
+        if holds is None:
             continue
-        if not isinstance(turn, dict):
-            raise FinetuningError(f"turn {number} must be an object with `role` and `content`")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(content, str):
-            raise FinetuningError(f"turn {number} must have text as its `content`, got {type(content).__name__}")
+        if value is None:
+            if holds in ("role", "content"):
+                fields.setdefault(holds, None)
+        elif fields.get(holds) is not None and fields[holds] != value:
+            raise RowError("two_values", f"two keys give the {holds}, the second is `{key}`; keep one")
+        else:
+            fields[holds] = value
+    missing = [holds for holds in ("role", "content") if holds not in fields]
+    if len(turn) > len(fields) or missing:
+        check_keys(turn, known, [] if "role" in fields and {"tool_calls", "parts"} & fields.keys() else missing)
+    return fields
+
+
+def check_keys(
+    turn: dict,  # a turn
+    known: dict,  # key -> what it holds
+    missing: list[str],  # what it should hold and does not
+) -> None:  # nothing when no key is misspelt or missing
+    "Refuse a misspelt key, and a turn without role or content"
+    open_names = frozenset(key for key in known if turn.get(key) is None)
+    for key in turn:
+        if key not in known and (meant := nearest_name(key, open_names)):
+            raise RowError("misspelt_key", f"the turn has `{key}`; rename it to `{meant}`")
+    for holds in missing:
+        raise RowError("missing_key", f"`{next(key for key in known if known[key] == holds)}` is missing")
+
+# %% ../nbs/04_formatting.ipynb #276e9b8a
+def read_role(
+    role,  # the speaker, as the row spells it
+    style: TurnStyle = PLAIN_STYLE,  # how the data set spells its turns
+    notes: Counter | None = None,  # counts what was read as something else, by (code, words)
+) -> str:  # one of `ROLES`, or `CALL`
+    "Translate a speaker's name"
+    if not isinstance(role, str):
+        raise RowError("null_value" if role is None else "wrong_type", f"`role` must be text, got {kind_name(role)}")
+    name = style.roles.get(role)
+    if name is None:
         try:
-            role = "assistant" if role == "function_call" else canonical_role(role)
-            messages.append(Message(role=role, content=content))
+            name = CALL if role.strip().lower() in (CALL, "tool_call") else canonical_role(role)
         except FinetuningError as error:
-            raise FinetuningError(f"turn {number}: {error}") from None
-    return messages
+            raise RowError("unknown_role", str(error)) from None
+    if notes is not None and name != role:
+        notes["role_names", f"{role} as {name}"] += 1
+    return name
+
+# %% ../nbs/04_formatting.ipynb #2569766c
+def from_json(
+    value,  # a value, or a text that holds it
+    what: str,  # its name for the message
+):  # the value
+    "Decode a text of JSON where a value is wanted"
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError("not_json", f"{what} must be JSON, and is not; write an object {{...}} or a list") from None
+
+
+def read_calls(
+    value,  # one call or a list of calls, perhaps as a text of JSON
+) -> list[dict]:  # name and arguments of each, and its id if it has one
+    "Read calls of functions, whichever way they are written"
+    value, calls = from_json(value, "a function call"), []
+    for call in value if isinstance(value, list) else [value]:
+        call = from_json(call, "a function call")
+        inner = call.get("function", call) if isinstance(call, dict) else {}
+        arguments = from_json(inner.get("arguments") or {}, "`arguments`") if isinstance(inner, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(inner.get("name"), str):
+            raise RowError("bad_call", "a call must be an object with `name`, and with `arguments` in an object {...}")
+        calls.append({"name": inner["name"], "arguments": arguments, **({"id": call["id"]} if call.get("id") else {})})
+    return calls
+
+# %% ../nbs/04_formatting.ipynb #7ced4d1d
+def read_parts(
+    parts: list,  # pieces of a content, as objects
+    fields: dict,  # the turn's other fields; thinking and calls among the pieces are added to them
+) -> list[dict]:  # text, and weight if it has one, of each piece
+    "Read a content that comes in pieces"
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise RowError("wrong_type", f"a part of `content` must be an object with `text`, got {kind_name(part)}")
+        kind = part.get("type") or "text"
+        text = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
+        if kind in ("tool_call", "tool_calls"):
+            fields["tool_calls"] = [*fields.get("tool_calls", []), *read_calls(text)]
+        elif kind in ("reasoning", "thinking") and isinstance(text, str):
+            fields["thinking"] = fields.get("thinking", "") + text
+        elif kind in ("text", "input_text", "output_text") and isinstance(text, str):
+            weight = part.get("weight", part.get("loss_weight"))
+            texts.append({"text": text} if weight is None else {"text": text, "weight": weight})
+        else:
+            raise RowError("not_text", f"a part of `content` has the type {kind!s:.20} and holds {kind_name(text)}; "
+                                       "only text can be learned, leave the row out")
+    return texts
+
+# %% ../nbs/04_formatting.ipynb #c635e7a5
+def read_turn(
+    turn: dict,  # a turn as the row holds it
+    style: TurnStyle = PLAIN_STYLE,  # how the data set spells its turns
+    notes: Counter | None = None,  # counts what was read as something else, by (code, words)
+) -> Message:  # the turn
+    "Read one turn of a conversation"
+    if not isinstance(turn, dict):
+        raise RowError("wrong_type", f"a turn must be an object with `role` and `content`, got {kind_name(turn)}")
+    fields = style.adapt(turn_fields(turn, style.known))
+    role, content = read_role(fields.pop("role"), style, notes), fields.pop("content", None)
+    if role == CALL:
+        role, content, fields["tool_calls"] = "assistant", "", content
+    if "tool_calls" in fields:
+        fields["tool_calls"] = read_calls(fields["tool_calls"])
+    if isinstance(content, list):
+        content, fields["parts"] = None, read_parts(content, fields)
+        if notes is not None:
+            notes["content_parts", "parts of a content joined"] += 1
+    if "parts" in fields and not any("weight" in part for part in fields["parts"]):
+        content = "".join(part["text"] for part in fields.pop("parts"))
+    elif not isinstance(content, str) and (content is not None or not fields.keys() & {"tool_calls", "parts"}):
+        raise RowError("null_value" if content is None else "wrong_type",
+                       f"`content` must be text, got {kind_name(content)}")
+    return Message(role, **fields) if content is None and "parts" in fields else Message(role, content or "", **fields)
+
+# %% ../nbs/04_formatting.ipynb #7e221849
+def read_turns(
+    turns: list,  # turns as the row holds them, or messages; one turn may stand without its list
+    style: TurnStyle = PLAIN_STYLE,  # how the data set spells its turns
+    notes: Counter | None = None,  # counts what was read as something else, by (code, words)
+) -> list[Message]:  # the same turns
+    "Read the turns of a conversation under any names that are in use"
+    if not isinstance(turns, (list, tuple, dict)):
+        raise RowError("null_value" if turns is None else "wrong_type",
+                       f"a list of turns is needed, got {kind_name(turns)}")
+    messages = []
+    for number, turn in enumerate([turns] if isinstance(turns, dict) else turns, start=1):
+        try:
+            messages.append(turn if isinstance(turn, Message) else read_turn(turn, style, notes))
+        except FinetuningError as error:
+            raise RowError(getattr(error, "code", "bad_turn"), f"turn {number}: {error}") from None
+    if not messages:
+        raise RowError("no_turns", "the list of turns is empty; give at least one")
+    return style.finish(messages)
+
+# %% ../nbs/04_formatting.ipynb #12c311f2
+def read_tools(
+    tools,  # a list of JSON schemas, or a text of JSON; None or empty: none
+) -> tuple:  # the schemas
+    "Read the tools on offer"
+    tools = from_json(tools or [], "`tools`")
+    tools = tuple(from_json(tool, "`tools`") for tool in (tools if isinstance(tools, (list, tuple)) else [tools]))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("wrong_type", "`tools` must be a list of objects, each with a tool's name and parameters")
+    return tools
+
+
+def read_conversation(
+    turns: list,  # turns as the row holds them
+    system: str | None = None,  # a system text from a column of its own
+    tools=None,  # the tools on offer, a list or a text of JSON
+    style: TurnStyle = PLAIN_STYLE,  # how the data set spells its turns
+    notes: Counter | None = None,  # counts what was read as something else, by (code, words)
+) -> Conversation:  # the conversation
+    "Read a whole conversation"
+    messages = read_turns(turns, style, notes)
+    if system and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    elif system and messages[0].content != system:
+        raise RowError("two_systems", "the row has a system text and another one as its first turn; keep one")
+    return Conversation(messages, read_tools(tools))
 
 # %% ../nbs/04_formatting.ipynb #350bc07e
 def to_messages(
     record: TrainingSample | Conversation | dict,  # a sample, a conversation, or a row of either shape
-) -> list[dict]:  # chat messages `{"role", "content"}` in order, the system message first
+) -> list[dict]:  # messages as chat templates take them, in order, the system message first
     "Show a record as the messages of a chat"
     if isinstance(record, dict):
         turns = record.get("messages", record.get("conversations"))
-        record = to_sample(record) if turns is None else Conversation(messages=read_turns(turns))
+        record = to_sample(record) if turns is None else read_conversation(turns, record.get("system"))
     if isinstance(record, Conversation):
-        return [turn.to_dict() for turn in record.messages]
+        return [show_message(turn) for turn in record.messages]
     if not isinstance(record, TrainingSample):
-        raise FinetuningError(f"a sample or a conversation is needed, got a {type(record).__name__}; plain text and "
-                              "preference pairs cannot be shown as one chat")
-    start = [{"role": "system", "content": record.system}] if record.system else []
-    return [*start, {"role": "user", "content": user_text(record)}, {"role": "assistant", "content": record.output}]
+        raise FinetuningError(f"a sample or a conversation is needed, got a {type(record).__name__}; texts, pairs and "
+                              "feedback cannot be shown as one chat")
+    said = {"system": record.system, "user": user_text(record), "assistant": record.output}
+    return [{"role": role, "content": text} for role, text in said.items() if text or role != "system"]
+
+
+def show_message(
+    message: Message,  # one turn
+) -> dict:  # `role` and `content`, and what else the turn has
+    "Show a turn as chat templates take it"
+    shown = {"role": message.role, "content": message.content}
+    if message.thinking is not None:
+        shown["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        shown["tool_calls"] = [{**({} if call.id is None else {"id": call.id}), "type": "function", "function": {
+            "name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
+    more = {name: getattr(message, name) for name in ("tool_call_id", "name", "weight")}
+    shown |= {name: value for name, value in more.items() if value is not None}
+    return {**shown, "parts": [part.to_dict() for part in message.parts]} if message.parts else shown
 
 
 def user_text(
@@ -80,11 +316,21 @@ def to_sample(
         return TrainingSample(**given)
     messages = to_messages(record)
     roles = [message["role"] for message in messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise FinetuningError(f"this format holds one instruction and one answer, got the turns {', '.join(roles)}; "
+    more = sorted({key for message in messages for key in message} - {"role", "content"}
+                  | ({"tools"} if tools_of(record) else set()))
+    if more or roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        got = f"{', '.join(f'`{key}`' for key in more)} besides" if more else f"the turns {', '.join(roles)}"
+        raise FinetuningError(f"this format holds one instruction and one answer, got {got}; "
                               "write conversations as chat or sharegpt")
     return TrainingSample(instruction=messages[-2]["content"], output=messages[-1]["content"],
                           system=messages[0]["content"] if len(roles) == 3 else None)
+
+
+def tools_of(
+    record,  # a record, or a row
+) -> list:  # JSON schemas, empty where the record offers none
+    "List the tools that a record offers"
+    return list(read_tools(record.get("tools")) if isinstance(record, dict) else getattr(record, "tools", ()))
 
 # %% ../nbs/04_formatting.ipynb #f1bee187
 class DatasetFormatter(ABC):
@@ -148,8 +394,7 @@ class CompletionFormatter(DatasetFormatter):
     def prompt_and_answer(self, sample):
         "Give what the user says, and the output"
         sample = to_sample(sample)
-        start = f"{sample.system}\n\n" if sample.system else ""
-        return start + user_text(sample), sample.output
+        return f"{sample.system}\n\n" * bool(sample.system) + user_text(sample), sample.output
 
 # %% ../nbs/04_formatting.ipynb #d9bfd5a8
 class ChatFormatter(DatasetFormatter):
@@ -165,11 +410,30 @@ class ChatFormatter(DatasetFormatter):
                                   "the turns behind the last one")
         return messages[:-1], messages[-1:]
 
+    def format_sample(self, sample):
+        "Give a row with all turns, and the tools where there are some"
+        prompt, answer = self.prompt_and_answer(sample)
+        tools = tools_of(sample)
+        return {**self.wrap(prompt + answer), **({"tools": tools} if tools else {})}
+
     def wrap(self, whole):
-        "Give a row with all `messages`"
-        return {"messages": whole}
+        "Give a row with all `messages`, arguments of calls as JSON text and weighted parts as the content"
+        return {"messages": [openai_turn(turn) for turn in whole]}
 
 
+def openai_turn(
+    turn: dict,  # a message as chat templates take it
+) -> dict:  # the message as OpenAI's files have it
+    "Write a message for a file"
+    turn = dict(turn)
+    if "tool_calls" in turn:
+        turn["tool_calls"] = [{**call, "function": {**call["function"], "arguments": json.dumps(
+            call["function"]["arguments"], ensure_ascii=False)}} for call in turn["tool_calls"]]
+    if "parts" in turn:
+        turn["content"] = [{"type": "text", **part} for part in turn.pop("parts")]
+    return turn
+
+# %% ../nbs/04_formatting.ipynb #2c002524
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
@@ -178,7 +442,23 @@ class ShareGPTFormatter(ChatFormatter):
 
     def wrap(self, whole):
         "Give a row with all turns as `conversations`"
-        return {"conversations": [{"from": SHAREGPT_ROLES[turn["role"]], "value": turn["content"]} for turn in whole]}
+        return {"conversations": [sharegpt_turn(turn) for turn in whole]}
+
+
+def sharegpt_turn(
+    turn: dict,  # a message as chat templates take it
+) -> dict:  # `from` and `value`, and a weight where it has one
+    "Write a message as ShareGPT does; what has no place there is refused"
+    calls = turn.get("tool_calls", [])
+    lost = [key for key in turn if key not in ("role", "content", "tool_calls", "weight")]
+    lost += ["id of a call"] * any("id" in call for call in calls)
+    lost += ["content beside calls"] * bool(calls and turn["content"])
+    if lost:
+        raise FinetuningError(f"ShareGPT has no place for {', '.join(lost)}; write the row as chat, or leave that out")
+    functions = [call["function"] for call in calls]
+    said = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
+    shown = {"from": CALL, "value": said} if calls else {"from": SHAREGPT_ROLES[turn["role"]], "value": turn["content"]}
+    return {**shown, "weight": turn["weight"]} if "weight" in turn else shown
 
 # %% ../nbs/04_formatting.ipynb #656ae307
 ANSWER_MARKER = "\ue000answer\ue001"  # private-use characters, which no real answer holds

@@ -20,7 +20,7 @@ from pathlib import Path
 __all__ = ['FOREIGN_BYTES', 'DECODER', 'POCKET_FILES', 'READERS', 'refuse_at', 'refuse_foreign', 'decode_text', 'Refused',
            'strict_object', 'strict_number', 'find_refused', 'explain_character', 'explain_syntax', 'kind_of',
            'decode_row', 'parse_lines', 'skip_blanks', 'parse_array', 'parse_json', 'parse_table', 'check_header',
-           'parse_text', 'pocket_data', 'place_rows', 'read_bytes', 'fetch_rows', 'read_rows']
+           'parse_text', 'pocket_data', 'place_rows', 'read_bytes', 'fetch_rows', 'read_rows', 'iter_rows']
 
 # %% ../nbs/09_reading.ipynb #1af9309a
 from .settings import FinetuningError
@@ -460,3 +460,11 @@ def read_rows(
         raise FinetuningError(f"{name}: the file has no rows ({len(raw)} bytes, {len(text.splitlines())} lines); "
                               "write at least one")
     return rows
+
+# %% ../nbs/09_reading.ipynb #a1efec00
+def iter_rows(source, ledger=None):
+    "shim"
+    rows = read_rows(source)
+    if ledger is not None:
+        ledger.n_rows += len(rows)
+    yield from rows

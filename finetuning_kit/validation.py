@@ -17,14 +17,18 @@ __all__ = ['MIN_WORDS', 'CHECKS', 'answers_of', 'texts_in', 'fields_of', 'finger
            'unused_columns', 'build_report', 'validate_dataset']
 
 # %% ../nbs/16_validation.ipynb #4583ca3e
-from .loading import Shape, find_shape, load_records, prompt_key, to_record
+from .ledger import Ledger
+from .loading import iter_records, load_records
+from .mappings import read_mapping
 from .reading import read_rows
-from .records import Conversation, Document, Message, PreferencePair, TrainingSample
+from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
 from .settings import FinetuningError, markdown_table
+from .shapes import Mapping, detect_shape
+from .splitting import prompt_key
 
 # %% ../nbs/16_validation.ipynb #b69bcb4d
 def answers_of(
-    record: TrainingSample | Conversation | PreferencePair | Document,  # any record
+    record: TrainingSample | Conversation | PreferencePair | Feedback | Document,  # any record
 ) -> list[str]:  # every text that the model shall learn to write, or to avoid
     "List a record's answers"
     if isinstance(record, TrainingSample):
@@ -32,8 +36,10 @@ def answers_of(
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Conversation):
-        return [turn.content for turn in record.messages if turn.role == "assistant"]
-    return [text for part in (record.chosen, record.rejected) for text in texts_in(part)]
+        return [turn.content for turn in record.messages
+                if turn.role == "assistant" and (turn.content or not turn.tool_calls)]
+    names = ("completion",) if isinstance(record, Feedback) else ("chosen", "rejected")
+    return [text for name in names for text in texts_in(getattr(record, name))]
 
 
 def texts_in(
@@ -44,7 +50,7 @@ def texts_in(
 
 
 def fields_of(
-    record: TrainingSample | Conversation | PreferencePair | Document,  # any record
+    record: TrainingSample | Conversation | PreferencePair | Feedback | Document,  # any record
 ) -> list[str]:  # every text of it in a fixed order, with the roles of turns
     "List everything that a record says"
     if isinstance(record, TrainingSample):
@@ -53,7 +59,8 @@ def fields_of(
         return [record.text]
     if isinstance(record, Conversation):
         return [part for turn in record.messages for part in (turn.role, turn.content)]
-    return [part for name in ("prompt", "chosen", "rejected") for part in (name, *texts_in(getattr(record, name)))]
+    names = ("prompt", "completion") if isinstance(record, Feedback) else ("prompt", "chosen", "rejected")
+    return [part for name in names for part in (name, *texts_in(getattr(record, name)))]
 
 # %% ../nbs/16_validation.ipynb #fd0c1132
 def fingerprint(
@@ -111,26 +118,26 @@ _MARKUP = re.compile(r"<\|[\w ]{1,32}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn
 
 
 def is_unanswered(
-    record: TrainingSample | Conversation | PreferencePair | Document,  # any record
+    record: TrainingSample | Conversation | PreferencePair | Feedback | Document,  # any record
 ) -> bool:  # whether it is a conversation whose last turn is not the assistant's
     "Say whether a conversation stops before its answer"
     return isinstance(record, Conversation) and record.messages[-1].role != "assistant"
 
 
 def is_unasked(
-    record: TrainingSample | Conversation | PreferencePair | Document,  # any record
+    record: TrainingSample | Conversation | PreferencePair | Feedback | Document,  # any record
 ) -> bool:  # whether an instruction, a prompt or a user's turn is empty or blank
     "Say whether a record answers an empty question"
     if isinstance(record, TrainingSample):
         return not record.instruction.strip()
-    if isinstance(record, PreferencePair):
+    if isinstance(record, (PreferencePair, Feedback)):
         return not any(text.strip() for text in texts_in(record.prompt))
     return isinstance(record, Conversation) and any(
         turn.role == "user" and not turn.content.strip() for turn in record.messages)
 
 
 def is_too_short(
-    record: TrainingSample | Conversation | PreferencePair | Document,  # any record
+    record: TrainingSample | Conversation | PreferencePair | Feedback | Document,  # any record
     task: str = "instruct",  # whose floor holds
 ) -> bool:  # whether an answer that is not empty has too few words
     "Say whether an answer is shorter than its task asks for"
@@ -221,6 +228,7 @@ class Report:
     total_examples: int  # rows
     valid_examples: int  # rows without an error; a row with two faults counts once
     findings: list[Finding] = field(default_factory=list)  # errors first
+    unfit: dict[int, str] = field(default_factory=dict)  # position of each row with an error -> its first code
 
     @property
     def issues(self) -> dict[str, int]:
@@ -262,12 +270,12 @@ class Report:
 # %% ../nbs/16_validation.ipynb #0d3a41ee
 def unused_columns(
     data: dict,  # a row's columns and values
-    shape: Shape,  # how the row is read
-) -> set[str]:  # columns, and keys of turns as "messages.weight", that hold something and are not read
+    mapping: Mapping,  # how the row is read
+) -> set[str]:  # columns, and keys of turns as "messages.id", that hold something and are not read
     "Name what a row holds and no record takes"
-    used, turn_keys = {*shape.required, *shape.optional}, {"role", "content", "from", "value"}
+    used, turn_keys = mapping.columns.keys(), mapping.turns.known.keys()
     unused = {str(column) for column, value in data.items() if column not in used and value is not None}
-    for column in used & set(data):
+    for column in [column for column in used & set(data) if mapping.columns[column] not in ("tools", "history")]:
         turns = data[column] if isinstance(data[column], list) else [data[column]]
         keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
         unused |= {f"{column}.{key}" for key in keys - turn_keys}
@@ -283,30 +291,35 @@ def build_report(
     findings = [Finding(code, severity, len(faults[code]), [places[n] for n in faults[code]],
                         details.get(code, message), fix)
                 for code, (severity, message, fix) in CHECKS.items() if faults.get(code)]
-    unfit = {n for code, rows in faults.items() if CHECKS[code][0] == "error" for n in rows}
-    return Report(len(places), len(places) - len(unfit), findings)
+    errors = [code for code, (severity, *_) in CHECKS.items() if severity == "error"]
+    unfit = {n: code for code in reversed(errors) for n in faults.get(code, ())}
+    return Report(len(places), len(places) - len(unfit), findings, unfit)
 
 # %% ../nbs/16_validation.ipynb #7f34778d
 def validate_dataset(
     dataset,  # a file, "pocket", a Hub name, rows, dicts, records, or a `datasets.Dataset`
     eval_dataset=None,  # the evaluation set, in any of these forms; None: no check for leakage
     task: str = "instruct",  # chat, code, instruct, domain or custom; decides how short an answer may be
+    mapping=None,  # how the columns are read, in any form that `read_mapping` takes; None: find out
+    allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
 ) -> Report:  # what is wrong, where, and what to do
     "Judge a data set before a model sees it"
     if task not in MIN_WORDS:
         raise FinetuningError(f"`task` must be one of {', '.join(MIN_WORDS)}, got {task!r}")
-    rows = read_rows(dataset)
-    shape, records, problems = find_shape(rows), [], Counter()
-    for row in rows:
-        try:
-            records.append(to_record(row, shape))
-        except FinetuningError as error:
-            records.append(None)
-            problems[str(error).removeprefix(f"{row.place}: ")] += 1
-    eval_keys = set() if eval_dataset is None else {prompt_key(record) for record in load_records(eval_dataset)}
+    rows, rejects = read_rows(dataset), []
+    mapping = detect_shape(rows, None if mapping is None else read_mapping(mapping)).mapping
+    good = iter_records(rows, mapping, Ledger("skip", on_reject=rejects.append), allow_mixture)
+    found = {id(row.data): record for row, record in good}  # a line may hold several rows, so a place is no key
+    records = [found.get(id(row.data)) for row in rows]
+    eval_keys = set() if eval_dataset is None else {
+        prompt_key(record) for record in load_records(eval_dataset, mapping, allow_mixture=allow_mixture)}
     faults = find_faults(records, eval_keys, task)
-    unused = [unused_columns(row.data, shape) for row in rows]
+    unused = [unused_columns(row.data, mapping) for row in rows]
     faults["unused_columns"] = [n for n, columns in enumerate(unused) if columns]
+    equal = {id(reject.row) for reject in rejects if reject.code == "no_preference"}
+    faults["equal_pair"] = [n for n, row in enumerate(rows) if id(row.data) in equal]
+    faults["schema"] = [n for n in faults["schema"] if id(rows[n].data) not in equal]
+    problems = Counter(reject.problem for reject in rejects if id(reject.row) not in equal)
     reasons = sorted(problems.items(), key=lambda item: (-item[1], item[0]))
     details = {"schema": "; ".join(f"{reason} ({count})" for reason, count in reasons[:3]),
                "unused_columns": "not used: " + ", ".join(f"`{n}`" for n in sorted(set().union(*unused)))}
