@@ -259,8 +259,8 @@ def note_mojibake(
     for found in _MOJIBAKE.finditer(text):
         line, at = line + text.count("\n", at, found.start()), found.start()
         if line != noted:
-            origin.note("mojibake", "text such as Ã© looks like UTF-8 that was once read as Windows-1252; look at these "
-                        "lines, and mend them in the program that wrote them", line, "warning")
+            origin.note("mojibake", "text such as Ã© looks like UTF-8 that was once read as Windows-1252; look at "
+                        "these lines, and mend them in the program that wrote them", line, "warning")
         noted = line
 
 # %% ../nbs/06_decoding.ipynb #6e352443
@@ -397,7 +397,8 @@ class Window:
             n_new += len(text)
             if n_new > len(held):
                 break
-        self.text, self.at = "".join(parts), 0
+        if n_new:
+            self.text, self.at = "".join(parts), 0
         return n_new > 0
 
     def peek(self) -> str:

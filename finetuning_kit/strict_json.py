@@ -151,8 +151,8 @@ def explain_extra(
     "Say what follows a row on its line"
     rest = text[at:].strip()
     if rest == ",":
-        return Fault(at, "line_comma", "a comma behind the row; in JSON Lines rows stand on lines of their own, without "
-                                       "one")
+        return Fault(at, "line_comma", "a comma behind the row; in JSON Lines rows stand on lines of their own, "
+                                       "without one")
     if re.match(r"//|#|/\*", rest):
         return Fault(at, "comment", "a comment, which JSON does not have; remove it")
     return Fault(at, "extra_data", "something follows the row; give each row a line of its own")
@@ -387,12 +387,12 @@ def next_row(
         if not is_cut:
             return data, end, fault
         if len(window.text) - window.at > most:
-            origin.refuse("row_bytes", f"a row of more than {most:,} bytes, whose end was not looked for any further; is "
-                          "a quote or a bracket left open?", window.line, window.column)
+            origin.refuse("row_bytes", f"a row of more than {most:,} bytes, whose end was not looked for any further; "
+                          "is a quote or a bracket left open?", window.line, window.column)
         if not window.grow():
             return data, end, Fault(len(window.text.rstrip()), *CUT_SHORT) if fault.code == "unclosed" else fault
 
-
+# %% ../nbs/07_strict_json.ipynb #8209b9a3
 def settle_item(
     item: tuple,  # what `next_row` found
     window: Window,  # stands at its first character
@@ -412,6 +412,16 @@ def settle_item(
     origin.ledger.n_rows += 1
     return Row(data, Place(origin.name, line))
 
+
+def _plain_end(window, origin):
+    while True:
+        try:
+            return json.JSONDecoder(parse_int=str).raw_decode(window.text, window.at)[1]
+        except (ValueError, RecursionError):
+            if len(window.text) - window.at > N_HELD * origin.limits.row_bytes or not window.grow():
+                origin.refuse("syntax", "this row holds a number out of range, and breaks off or is broken behind it",
+                              window.line, window.column)
+
 # %% ../nbs/07_strict_json.ipynb #1e5c9188
 def iter_json_array(
     texts: Iterable[str],  # the text of a file, in pieces; its first character is a square bracket
@@ -427,7 +437,7 @@ def iter_json_array(
         item = next_row(window, decoder, origin)
         if row := settle_item(item, window, decoder, origin):
             yield row
-        window.move(item[1] if item[1] > window.at else _plain_end(window))
+        window.move(item[1] if item[1] > window.at else _plain_end(window, origin))
         char, comma = window.peek(), (window.line, window.column)
         if char == "]":
             break
@@ -439,11 +449,7 @@ def iter_json_array(
         origin.refuse("extra_data", "something follows the array; a file holds one array, or one object a line",
                       window.line, window.column)
 
-
-def _plain_end(window):
-    return json.JSONDecoder(parse_int=str).raw_decode(window.text, window.at)[1]
-
-
+# %% ../nbs/07_strict_json.ipynb #ea6000bb
 def iter_json(
     texts: Iterable[str],  # the text of a file, in pieces
     origin: Origin,  # the file
@@ -455,5 +461,6 @@ def iter_json(
     texts, is_array = itertools.chain([head], texts), head.lstrip().startswith("[")
     if is_array and origin.name.lower().removesuffix(".gz").endswith(("l", ".ndjson")):
         origin.note("json_array", "one JSON array was read as rows", 1)
-        origin.note("name_differs", "the name says JSON Lines, and the file holds one array; name it .json", 1, "warning")
+        origin.note("name_differs", "the name says JSON Lines, and the file holds one array; name it .json", 1,
+                    "warning")
     return (iter_json_array if is_array else iter_json_lines)(texts, origin)
