@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .loading import iter_records, load_records
 from .mappings import read_mapping
 from .reading import read_rows
-from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
+from .records import Conversation, Document, Feedback, Message, PreferencePair, Row, TrainingSample
 from .settings import FinetuningError, markdown_table
 from .shapes import Mapping, detect_shape
 from .splitting import prompt_key
@@ -306,10 +306,12 @@ def validate_dataset(
     "Judge a data set before a model sees it"
     if task not in MIN_WORDS:
         raise FinetuningError(f"`task` must be one of {', '.join(MIN_WORDS)}, got {task!r}")
-    rows, rejects = read_rows(dataset), []
+    rejects, unread = [], []
+    rows = read_rows(dataset, Ledger("skip", on_reject=unread.append))
     mapping = detect_shape(rows, None if mapping is None else read_mapping(mapping)).mapping
     good = iter_records(rows, mapping, Ledger("skip", on_reject=rejects.append), allow_mixture)
     found = {id(row.data): record for row, record in good}  # a line may hold several rows, so a place is no key
+    rows += [Row({}, reject.place) for reject in unread]
     records = [found.get(id(row.data)) for row in rows]
     eval_keys = set() if eval_dataset is None else {
         prompt_key(record) for record in load_records(eval_dataset, mapping, allow_mixture=allow_mixture)}
@@ -319,7 +321,7 @@ def validate_dataset(
     equal = {id(reject.row) for reject in rejects if reject.code == "no_preference"}
     faults["equal_pair"] = [n for n, row in enumerate(rows) if id(row.data) in equal]
     faults["schema"] = [n for n in faults["schema"] if id(rows[n].data) not in equal]
-    problems = Counter(reject.problem for reject in rejects if id(reject.row) not in equal)
+    problems = Counter(reject.problem for reject in rejects + unread if id(reject.row) not in equal)
     reasons = sorted(problems.items(), key=lambda item: (-item[1], item[0]))
     details = {"schema": "; ".join(f"{reason} ({count})" for reason, count in reasons[:3]),
                "unused_columns": "not used: " + ", ".join(f"`{n}`" for n in sorted(set().union(*unused)))}
