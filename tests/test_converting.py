@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetuning_kit.converting import CARRIES, canonical, needs_of, render_row
+from finetuning_kit.rewriting import CARRIES, canonical, needs_of, render_row
 from finetuning_kit.ledger import DataError
 from finetuning_kit.loading import to_record
 from finetuning_kit.mappings import mapping_of
