@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['LLAMA_FACTORY', 'AXOLOTL', 'AXOLOTL_PAIRS', 'AXOLOTL_KTO', 'AXOLOTL_RL', 'mapping_of', 'columns_mapping',
-           'llama_factory_mapping', 'refuse_unheard', 'find_entry', 'AxolotlStyle', 'cut_parts', 'weigh',
-           'axolotl_mapping', 'read_mapping']
+__all__ = ['LLAMA_FACTORY_COLUMNS', 'AXOLOTL_TYPES', 'AXOLOTL_PAIRS', 'AXOLOTL_KTO', 'AXOLOTL_RL', 'mapping_of',
+           'columns_mapping', 'llama_factory_mapping', 'refuse_unheard', 'find_entry', 'AxolotlStyle', 'cut_parts',
+           'weigh', 'axolotl_mapping', 'read_mapping']
 
 # %% ../nbs/11_mappings.ipynb #f7fa848c
 from .formatting import CALL, PLAIN_STYLE, RowError, TurnStyle, nearest_name
@@ -57,7 +57,7 @@ def columns_mapping(
                           f"none{hint}")
 
 # %% ../nbs/11_mappings.ipynb #717b85ad
-LLAMA_FACTORY = {  # its name of a column -> our field, by formatting, and by what the rows are for
+LLAMA_FACTORY_COLUMNS = {  # its name of a column -> our field, by formatting, and by what the rows are for
     ("alpaca", "answer"): ("alpaca", {"prompt": "instruction", "query": "input", "response": "output",
                                       "history": "history", "system": "system", "tools": "tools"}),
     ("alpaca", "ranking"): ("preference", {"prompt": "prompt", "query": "input", "chosen": "chosen",
@@ -87,7 +87,7 @@ def llama_factory_mapping(
                if key not in _LLAMA_FACTORY and value and (key, value) != ("split", "train")]
     unheard += [f"formatting {formatting}"] * (formatting not in _NATIVE)
     aim = "kto_tag" if "kto_tag" in columns else "ranking" if entry.get("ranking") else "answer"
-    name, known = LLAMA_FACTORY.get((formatting, aim), ("alpaca", columns))
+    name, known = LLAMA_FACTORY_COLUMNS.get((formatting, aim), ("alpaca", columns))
     unheard += [f"columns.{key}" for key in columns if key not in known]
     unheard += [f"tags.{key}" for key in entry.get("tags") or {} if key not in _TAGS]
     refuse_unheard("LLaMA-Factory", unheard)
@@ -174,7 +174,7 @@ def weigh(
 # %% ../nbs/11_mappings.ipynb #dfb13e28
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
 _QUESTION = {"question": "instruction", "answer": "output"}
-AXOLOTL = {  # type -> our format and its columns; None: the format's own
+AXOLOTL_TYPES = {  # type -> our format and its columns; None: the format's own
     "alpaca": ("alpaca", None), "gpteacher": ("instruction_response", None),
     "oasst": ("instruction_response", {"INSTRUCTION": "instruction", "RESPONSE": "output"}),
     "summarizetldr": ("document_summary", {"article": "instruction", "summary": "output"}),
@@ -245,12 +245,12 @@ def _axolotl_type(kind: str, rl: str | None) -> tuple:
             return "feedback", None
         whole = {"messages": "prompt", **_PAIR} if start == "chat_template" and rest == "default" else None
         return ("preference_messages" if start == "chat_template" else "preference"), whole
-    if kind not in AXOLOTL:
-        known = [*AXOLOTL, *(f"chatml.{name}" for name in AXOLOTL_PAIRS), "chat_template.default with rl"]
+    if kind not in AXOLOTL_TYPES:
+        known = [*AXOLOTL_TYPES, *(f"chatml.{name}" for name in AXOLOTL_PAIRS), "chat_template.default with rl"]
         near = nearest_name(kind, frozenset(known))
         raise FinetuningError(f"`mapping`: Axolotl's type {value_words(kind)} is not understood here; " + (
             f"did you mean `{near}`?" if near else f"known are {', '.join(known)}"))
-    return AXOLOTL[kind]
+    return AXOLOTL_TYPES[kind]
 
 # %% ../nbs/11_mappings.ipynb #f887d207
 def _axolotl_style(entry: dict, kind: str) -> TurnStyle:

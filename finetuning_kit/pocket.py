@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARK', 'END', 'PAD', 'START', 'STOP', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'mark_lines', 'unmark_lines', 'split_words',
            'learn_pieces', 'train_tokenizer', 'pack_pages', 'new_model', 'rate_factor', 'pretrain', 'renew_embeddings',
-           'write_rows', 'write_data', 'describe_files', 'check_manifest', 'save_pocket', 'measure_base',
+           'write_lines_of', 'write_data', 'describe_files', 'check_manifest', 'save_pocket', 'measure_base',
            'build_pocket', 'parse_arguments', 'pocket_main']
 
 # %% ../nbs/39_pocket.ipynb #67d5af83
@@ -196,7 +196,7 @@ def renew_embeddings(
         weights[tokenizer.convert_tokens_to_ids(token)] = length * fresh / fresh.norm()
 
 # %% ../nbs/39_pocket.ipynb #334164e6
-def write_rows(
+def write_lines_of(
     path: Path,  # the file
     rows: list[dict],  # its rows
 ) -> Path:  # the file
@@ -217,7 +217,7 @@ def write_data(
     data = {"instructions_train": train, "instructions_test": test,
             "preferences": preference_rows(groups["A"], 300, seed),
             "probe": probe_rows(world_facts(seed), 200, seed), "faults": fault_rows(train, test, seed)}
-    return [write_rows(Path(folder) / f"{name}.jsonl", rows) for name, rows in data.items()]
+    return [write_lines_of(Path(folder) / f"{name}.jsonl", rows) for name, rows in data.items()]
 
 # %% ../nbs/39_pocket.ipynb #a94cc34f
 def describe_files(

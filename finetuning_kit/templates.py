@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Span', 'Piece', 'Pieces', 'mark_value', 'mark_message', 'render_skeleton', 'Placed', 'place_pieces', 'check_places',
-           'literals_of', 'Layout', 'lay_out_row', 'widen', 'contents_of', 'find_contents']
+           'literals_of', 'Layout', 'lay_out_row', 'widen_place', 'contents_of', 'find_contents']
 
 # %% ../nbs/22_templates.ipynb #76efaf6b
 import json
@@ -214,7 +214,7 @@ def lay_out_row(
     return Layout(truth, placed, pieces, marked, marked_tools)
 
 # %% ../nbs/22_templates.ipynb #560c6384
-def widen(
+def widen_place(
     layout: Layout,  # a text and its places
     place: Placed,  # a piece in it
     words: str,  # the whole content that it comes from
@@ -239,7 +239,7 @@ def contents_of(
         role = messages[piece.turn]["role"] if piece.turn >= 0 else "tools"
         if piece.kind in ("content", "thinking"):
             words = messages[piece.turn]["content" if piece.kind == "content" else "reasoning_content"]
-            start, end = widen(layout, place, words, spans[-1].end if spans else 0)
+            start, end = widen_place(layout, place, words, spans[-1].end if spans else 0)
             follows = before and before[1:3] == piece[1:3] and spans[-1].end <= start
             if follows and layout.text[spans[-1].end:start] in words[before.at:piece.at]:
                 start = spans.pop().start

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 # %% auto #0
-__all__ = ['ENDINGS', 'staged_beside', 'widen', 'arrow_row', 'table_row', 'write_lines', 'finish_json', 'finish_table',
+__all__ = ['ENDINGS', 'staged_beside', 'widen_schema', 'arrow_row', 'table_row', 'write_lines', 'finish_json', 'finish_table',
            'arrow_kind', 'finish_parquet', 'finish_dataset', 'check_free', 'write_rows']
 
 # %% ../nbs/14_writing.ipynb #7c3f7f40
@@ -37,7 +37,7 @@ def staged_beside(
                               "place; what was there before is unchanged") from None
 
 
-def widen(
+def widen_schema(
     seen,  # a schema: a type, [schema of the items], {key: schema}; None: only nulls so far
     value,  # a value of JSON
 ):  # the schema that holds it too
@@ -45,11 +45,11 @@ def widen(
     if isinstance(value, dict):
         seen = {} if seen is None else seen
         for key, item in value.items():
-            seen[key] = widen(seen.get(key), item)
+            seen[key] = widen_schema(seen.get(key), item)
     elif isinstance(value, list):
         seen = [None] if seen is None else seen
         for item in value:
-            seen[0] = widen(seen[0], item)
+            seen[0] = widen_schema(seen[0], item)
     elif value is not None:
         seen = float if {seen, type(value)} == {int, float} else type(value)
     return seen
@@ -96,7 +96,7 @@ def write_lines(
             except (TypeError, ValueError, RecursionError) as error:
                 problem = str(error) if isinstance(error, FinetuningError) else f"a value is not JSON ({error})"
                 raise DataError("not_written", f"row {n_rows}: {problem}") from None
-            schema = widen(schema, row) if adapt else None
+            schema = widen_schema(schema, row) if adapt else None
         file.flush()
         os.fsync(file.fileno())
     return n_rows, schema
@@ -127,7 +127,7 @@ def finish_table(
 
 # %% ../nbs/14_writing.ipynb #7ffc2867
 def arrow_kind(
-    seen,  # a schema, as `widen` gives it
+    seen,  # a schema, as `widen_schema` gives it
 ):  # a type of Arrow
     "Translate a schema for Parquet"
     import pyarrow
