@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'PRECISIONS', 'MARKED', 'SECONDS_A_LINE', 'COMMANDS', 'setting_flags', 'add_flags', 'changes_of',
            'starting_point', 'Screen', 'row_lines', 'LoopScreen', 'RunScreen', 'one_line', 'score_table', 'show_result',
-           'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'run_train', 'main']
+           'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'run_train', 'add_convert',
+           'run_convert', 'main']
 
 # %% ../nbs/37_cli.ipynb #a632d2ef
 import argparse
@@ -129,7 +130,9 @@ class Screen:
         "Write one line: a title and what happened"
         from rich.padding import Padding
         from rich.table import Table
+        from rich.text import Text
 
+        text = Text(text) if isinstance(text, str) else text  # somebody's brackets are no markup
         table = Table.grid(padding=(0, 2))
         table.add_column(width=8, style="bold cyan")
         table.add_column()
@@ -202,6 +205,8 @@ class RunScreen(LoopScreen):
     "Shows all stages of a run"
 
     def show_data(self, event):
+        from finetuning_kit.ledger import balance_line
+
         config, data = event["config"], event["data"]
         counts = f"{len(data.train_rows)} to train on, {len(data.eval_rows)} held out"
         self.line("model", f"{config.model_name}; {event['machine']}")
@@ -209,6 +214,7 @@ class RunScreen(LoopScreen):
         self.line("check", f"{data.report.headline}\nlooked for {', '.join(data.report.issues).replace('_', ' ')}")
         for finding in data.report.findings:
             self.line(finding.severity, f"{finding.count} × {finding.message} ({finding.where()}); {finding.fix}")
+        self.line("account", f"{balance_line(data.ledger)}\n{balance_line(data.ledger, 'tokens')}")
         for note in event["notes"]:
             self.line("note", note)
         self.line("one row", row_lines(event["row_view"], width=max(20, min(66, self.console.width - 13))))
@@ -358,10 +364,42 @@ def run_train(
     screen.line("settings", words)
     return end_of(fine_tune(config, on_event=screen, resume=options.get("resume")))
 
+# %% ../nbs/37_cli.ipynb #f2aefd55
+def add_convert(
+    parser: argparse.ArgumentParser,  # of the command
+) -> None:  # the parser is changed
+    "Add the flags of `convert`"
+    from finetuning_kit.shapes import FORMATS
+
+    parser.add_argument("--dataset", metavar="X", required=True, help="rows: a file, a folder, a Hub name, pocket")
+    parser.add_argument("--to", metavar="FORMAT", required=True, help=f"the shape to write: {', '.join(FORMATS)}")
+    parser.add_argument("--output", metavar="FILE", required=True, help="file to write: .jsonl, .json, .csv, .tsv or "
+                        ".parquet; a name without an ending makes a folder of `datasets`")
+    parser.add_argument("--mapping", metavar="X", help='how the columns are read: a format, "q=prompt, a=completion", '
+                        'or "dataset_info.json:name" (default: it is found out)')
+    parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop", help="what happens to rows with an error")
+    parser.add_argument("--rejects", metavar="FILE", help="file for the rows with an error, a line of JSON each")
+    parser.add_argument("--allow-mixture", action="store_true", help="accept rows of several shapes in one file")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def run_convert(
+    options: dict,  # what the command line gave
+) -> int:  # exit code
+    "Write a data set in another shape"
+    from finetuning_kit.converting import convert_dataset
+
+    names = ("to", "output", "mapping", "on_bad", "allow_mixture", "rejects", "overwrite")
+    done, screen = convert_dataset(options["dataset"], **{name: options[name] for name in names}), Screen()
+    for title, text in done.lines():
+        screen.line(title, text)
+    return 0
+
 # %% ../nbs/37_cli.ipynb #cc3bdf94
 COMMANDS = {  # name -> help, flags, run
     "demo": ("teach the pocket model to answer questions (about a minute)", add_demo, run_demo),
     "train": ("fine-tune a model on your own rows", add_train, run_train),
+    "convert": ("write a data set in another shape, or say what is wrong with it", add_convert, run_convert),
 }
 
 

@@ -45,9 +45,8 @@ class Conversion:
             columns = ", ".join(f"`{column}` as {name}" for column, name in found.columns.items())
             said += [("shape", f"{found.mapping.format}, confidence {found.confidence:.2f}"), ("columns", columns)]
             said += [("because", reason) for reason in found.reasons]
-        said += [(notice.kind, f"{notice.count:,} × {notice.code}: {notice.message}, first at {notice.places[0]}"
-                  if notice.places else f"{notice.count:,} × {notice.code}: {notice.message}")
-                 for notice in ledger.notices.values()]
+        titles = {"normalised": "read as", "warning": "look at"}
+        said += [(titles[notice.kind], str(notice).partition(" ")[2]) for notice in ledger.notices.values()]
         said += [("rejected", str(reject)) for reject in ledger.rejects[:20]]
         n_more = ledger.n_rejected.total() - 20
         said += [("rejected", f"and {n_more:,} more")] if n_more > 0 else []
