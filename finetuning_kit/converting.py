@@ -16,6 +16,7 @@ from pathlib import Path
 __all__ = ['Conversion', 'open_records', 'render_all', 'open_rejects', 'close_rejects', 'convert_dataset']
 
 # %% ../nbs/15_converting.ipynb #558db03e
+from .decoding import display_name
 from .ledger import DataError, Ledger, RejectsFile
 from .loading import N_LOOKED, iter_records, read_all
 from .mappings import read_mapping
@@ -50,7 +51,7 @@ class Conversion:
         said += [("rejected", str(reject)) for reject in ledger.rejects[:20]]
         n_more = ledger.n_rejected.total() - 20
         said += [("rejected", f"and {n_more:,} more")] if n_more > 0 else []
-        return [*said, ("written", f"{self.n_written:,} rows as {self.to} to {self.output}")]
+        return [*said, ("written", f"{self.n_written:,} rows as {self.to} to {display_name(self.output)}")]
 
     def __str__(self):
         return "\n".join(f"{title:10} {text}" for title, text in self.lines())
@@ -139,5 +140,5 @@ def convert_dataset(
         found, records = open_records(source, mapping, ledger, allow_mixture)
         n_written = write_rows(render_all(records, to, ledger), output, overwrite)
         ledger.check()
-    named = str(source) if isinstance(source, (str, Path)) else "memory"
+    named = display_name(source) if isinstance(source, (str, Path)) else "memory"
     return Conversion(named, to, output, found, n_written, ledger)
