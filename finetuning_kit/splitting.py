@@ -427,9 +427,8 @@ def plan_split(
         return SplitPlan([False] * len(rows), list(range(len(rows))), 0, {"": (len(rows), 0, 0)})
     groups, n_joined, unmet = group_rows(records, values, near)
     if len(set(groups)) < 2:
-        why = "all ask the same first question" if group_by is None else (
-            f"questions and `{group_by}` link them all to one group")
-        raise DataError("one_group", f"{len(rows)} rows cannot be split: {why}; give a file for evaluation, or set "
+        linked = f"questions and `{group_by}` link them all" if group_by else "all ask the same first question"
+        raise DataError("one_group", f"{len(rows)} rows cannot be split: {linked}; give a file for evaluation, or set "
                                      "`split_ratio` to 0")
     held, shares = plan_groups(groups, [first_question(record) for record in records], strata, split_ratio, seed)
     unmet += [f"{f'stratum {name!r}' if stratify_by else 'the split'}: {wanted} of {n} rows were wanted, "

@@ -1,22 +1,24 @@
 """Random records of every kind, for tests that say what must hold for all of them.
 
-Texts are short and awkward: line ends of every kind, letters of several scripts, and words that look like dates, numbers,
-JSON, roles or markers. They never begin or end a conversation in a way that no reader takes (see `conversations`).
+Texts are short and awkward: line ends of every kind, letters of several scripts, and words that look like dates,
+numbers, JSON, roles or markers. They never begin or end a conversation in a way that no reader takes (see
+`conversations`).
 """
 from hypothesis import strategies as st
 
 from finetuning_kit.records import (Conversation, Document, Feedback, Message, Part, PreferencePair, ToolCall,
                                     TrainingSample)
 
-AWKWARD = ("2024-01-05", "null", "007", "1e5", "true", '{"a": 1}', "[1]", "a,b;c\td", 'say "x"', "### Response:\nno", "user",
-           "line\nline", "line\r\nline", "\u2028", "\x85", "e\u0301", "👩‍🚀", "日本語", "\ufeff", "=1+1", " both ends ", "\\n", "<|im_end|>")
+AWKWARD = ("2024-01-05", "null", "007", "1e5", "true", '{"a": 1}', "[1]", "a,b;c\td", 'say "x"',
+           "### Response:\nno", "user", "line\nline", "line\r\nline", "\u2028", "\x85", "e\u0301",
+           "👩‍🚀", "日本語", "\ufeff", "=1+1", " both ends ", "\\n", "<|im_end|>")
 LETTERS = st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=("Cs",))
 texts = st.one_of(st.sampled_from(AWKWARD), st.text(LETTERS, min_size=1, max_size=12)).filter(str.strip)
 names = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
 weights = st.sampled_from((0, 1, 0.5, 2.0))
 plain_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                            | texts, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
-                            max_leaves=5)
+                            | texts, lambda inner: st.lists(inner, max_size=3)
+                            | st.dictionaries(names, inner, max_size=3), max_leaves=5)
 arguments = st.dictionaries(names, plain_values, max_size=3)
 tools = st.lists(st.builds(lambda name, parameters: {"type": "function", "function": {
     "name": name, "description": "does it", "parameters": {"type": "object", "properties": parameters}}},
@@ -55,7 +57,7 @@ def answers(draw, rich):
 
 @st.composite
 def turns(draw, rich=True, answered=True):
-    "Turns of a conversation: perhaps a system text, questions, calls and results, answers; ends with an answer if asked."
+    "Turns of a conversation: perhaps a system text, questions, calls, results, answers; ends with an answer if asked."
     has_tools, numbered = rich and draw(st.booleans()), draw(st.booleans())
     said = [Message("system", draw(texts))] if draw(st.booleans()) else []
     n_rounds = draw(st.sampled_from((1, 1, 2, 3)))

@@ -76,7 +76,8 @@ def test_row_without_an_answer_stops_unless_skipped(typed, rows):
     assert code == 2 and "rows.jsonl:41" in err
     code, _, err = typed(*train("--dataset", rows, "--skip-bad-rows"))
     assert code == 0, err
-    assert json.loads(Path("runs/instruct_rows/skipped_rows.jsonl").read_text())["output"] == " "
+    left_out = json.loads(Path("runs/instruct_rows/skipped_rows.jsonl").read_text())
+    assert left_out["row"]["output"] == " " and left_out["line"] == 41
 
 
 def test_unknown_key_in_a_yaml_file(typed, rows):

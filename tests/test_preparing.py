@@ -77,9 +77,11 @@ def test_no_question_is_on_both_sides_and_no_row_is_lost(raw):
     assert sorted(got) == sorted(wanted)
 
 
+SAMPLES = st.builds(TrainingSample, TEXTS, st.just("") | TEXTS, TEXTS, st.none() | st.just("") | TEXTS)
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.builds(TrainingSample, TEXTS, st.just("") | TEXTS, TEXTS, st.none() | st.just("") | TEXTS), min_size=1,
-                max_size=5))
+@given(st.lists(SAMPLES, min_size=1, max_size=5))
 def test_openai_file_keeps_every_text(samples):
     with tempfile.TemporaryDirectory() as folder:
         path = prepare_openai_jsonl(samples, Path(folder) / "rows.jsonl")
