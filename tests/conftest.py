@@ -27,3 +27,20 @@ def pytest_unconfigure():
 def flags(request):
     "The flags of cells to run."
     return request.config.getoption("--flags").split()
+
+
+@pytest.fixture
+def typed(tmp_path, capsys, monkeypatch):
+    "Run a command as typed in an empty folder; give exit code, output and errors."
+    from finetuning_kit.cli import main  # not before the environment is set
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.out + shown.err
+        return code, shown.out, shown.err
+    return run

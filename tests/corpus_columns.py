@@ -1,30 +1,5 @@
-"""Section C of the bad-input table: columns and types. Every case is a file and the outcome it must have.
-
-Outcomes: "E" stops at once; "R" rejects the rows on `lines`; "W" warns; "N" reads the rows as something else and says
-so; "A" accepts. Lines are physical and count from 1. For N and W, `lines` are the places that the notice names first.
-"""
-import json
-from typing import NamedTuple
-
-
-class Case(NamedTuple):
-    number: int  # of the table
-    name: str  # what is odd about the file
-    content: bytes  # the file, JSON Lines
-    outcome: str  # E, R, W, N or A
-    code: str = ""  # of the error, the rejects or the notice
-    lines: tuple = ()  # where
-    words: str = ""  # the message holds them
-
-
-def jsonl(*rows) -> bytes:
-    "Rows as JSON Lines."
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def pairs(n, **more) -> list:
-    "Good rows with a prompt and a completion."
-    return [{"prompt": f"What is {k} + 1?", "completion": str(k + 1), **more} for k in range(n)]
+"""Section C of the bad-input table: columns and types."""
+from tests.corpus import Case, jsonl, pairs
 
 
 def chat(*turns, **more) -> dict:

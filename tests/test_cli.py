@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from finetuning_kit.cli import main
-
 ROWS = [{"instruction": f"Give the opposite of word {n}.", "output": f"antonym {n}"} for n in range(40)]
 
 
@@ -21,22 +19,6 @@ def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
-
-
-@pytest.fixture
-def typed(tmp_path, capsys, monkeypatch):
-    "Run a command as typed in an empty folder; give exit code, output and errors."
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.out + shown.err
-        return code, shown.out, shown.err
-    return run
 
 
 def train(*words):
