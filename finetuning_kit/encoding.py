@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 
 # %% auto #0
 __all__ = ['Marks', 'find_marks', 'encode_texts', 'encode_text', 'make_twin', 'secret_names', 'stretches', 'encode_safely',
-           'count_spelled', 'EncodedRow', 'token_html', 'AnswerTokens', 'find_parts', 'own_marks', 'encode_at_seams',
-           'until', 'weighted_row', 'find_spare', 'label_by_offsets', 'tokens_of', 'label_all', 'label_by_marks',
-           'label', 'token_texts', 'RowView', 'show_row']
+           'count_spelled', 'EncodedRow', 'token_html', 'AnswerTokens', 'find_parts', 'Plan', 'own_marks',
+           'encode_at_seams', 'until', 'weighted_row', 'find_spare', 'label_by_offsets', 'tokens_of', 'label_part',
+           'label_by_marks', 'label_all', 'label', 'token_texts', 'RowView', 'show_row']
 
 # %% ../nbs/24_encoding.ipynb #4904054e
 from .records import Place
@@ -226,33 +226,35 @@ def token_html(
 # %% ../nbs/24_encoding.ipynb #92515542
 class AnswerTokens(NamedTuple):
     "An answer, on its way from characters to tokens"
-    start: int  # the token behind the prompt's last mark
-    end: int  # the token behind the answer
+    before: int | None  # the number of the last mark before it; None: it has none
+    last: int | None  # the number of the mark that ends it; None: the text's end does
     tail: str  # what the prompt ends in, from its last mark on
 
 
 def find_parts(
     rendering: Rendering,  # a text, its contents and answers
     own: list[tuple[int, int, int]],  # first and last+1 character and id of the template's own marks
-    found: list[int],  # the tokens that stand for them
-    n_tokens: int,  # tokens of the row
 ) -> list[AnswerTokens] | None:  # a part for each answer; None where marks alone do not tell
     "Find answers between marks, without offsets"
     ends, parts = [end for _, end, _ in own], []
     for span in rendering.answers:
         if span.weight != 1 or any(content.start < span.start < content.end for content in rendering.contents):
             return None
-        before, last = bisect_right(ends, span.start), bisect_left(ends, span.end)
-        if span.end == len(rendering.text):
-            end = n_tokens
-        elif last < len(own) and ends[last] == span.end:
-            end = found[last] + 1
-        else:
+        n_before, last = bisect_right(ends, span.start), bisect_left(ends, span.end)
+        at_end = span.end == len(rendering.text)
+        if not at_end and (last == len(own) or ends[last] != span.end):
             return None
-        first = found[before - 1] if before else 0
-        tail = rendering.text[own[before - 1][0] if before else 0:span.start]
-        parts.append(AnswerTokens(first, end, tail))
+        before = n_before - 1 if n_before else None
+        tail = rendering.text[0 if before is None else own[before][0]:span.start]
+        parts.append(AnswerTokens(before, None if at_end else last, tail))
     return parts
+
+
+class Plan(NamedTuple):
+    "A text, and what is known about its tokens before it has any"
+    text: str  # what the model reads
+    own: list[int]  # the ids of the template's own marks, in their order
+    parts: list[AnswerTokens] | None  # the answers; None: marks alone do not tell where they are
 
 # %% ../nbs/24_encoding.ipynb #3ffb9f48
 def own_marks(
@@ -363,6 +365,42 @@ def tokens_of(
     begun = (n for n, (start, last) in enumerate(offsets) if last > span.start or start == last == span.start)
     return range(next(begun, end), end)
 
+# %% ../nbs/24_encoding.ipynb #10069107
+def label_part(
+    ids: list[int],  # the tokens of a row
+    found: list[int],  # which of them are marks
+    parts: list[AnswerTokens],  # its answers
+    tails: dict[str, list[int]],  # the tokens of what each prompt ends in
+) -> EncodedRow | None:  # None where a prompt's tokens are not the row's beginning
+    "Label a row whose answers stand between marks"
+    labels = [-100] * len(ids)
+    for before, last, text in parts:
+        first, end = 0 if before is None else found[before], len(ids) if last is None else found[last] + 1
+        start = first + len(tails[text])
+        if ids[first:start] != tails[text]:
+            return None
+        labels[start:end] = ids[start:end]
+    return EncodedRow(ids, labels)
+
+
+def label_by_marks(
+    tokenizer,  # a fast tokenizer
+    plans: list[Plan],  # texts
+    marks: Marks,  # what steers the model
+    limit: int | None = None,  # tokens; a longer row is left to others
+) -> list[EncodedRow | None]:  # None where marks alone do not tell
+    "Encode and label many rows, without offsets"
+    backend, tails, rows = tokenizer.backend_tokenizer, {}, []
+    tails.update((part.tail, ()) for plan in plans for part in plan.parts or ())
+    tails.update(zip(tails, (found.ids for found in encode_texts(backend, list(tails), fast=True))))
+    encoded = encode_texts(backend, [plan.text for plan in plans], fast=True)
+    for plan, ids in zip(plans, (each.ids for each in encoded)):
+        found = [n for n, id in enumerate(ids) if id in marks.known]
+        is_sure = marks.apart and plan.parts is not None and plan.own == [ids[n] for n in found]
+        fits = is_sure and len(ids) <= (limit or len(ids))
+        rows.append(label_part(ids, found, plan.parts, tails) if fits else None)
+    return rows
+
 # %% ../nbs/24_encoding.ipynb #cb92d607
 def label_all(
     tokenizer,  # a fast tokenizer
@@ -371,39 +409,17 @@ def label_all(
     limit: int | None = None,  # tokens; for longer rows it is worked out what a limit may take from the prompt
 ) -> list:  # an EncodedRow for each, or the FinetuningError that says why there is none
     "Encode and label many rows"
-    marks, backend, seen, tails, plans = find_marks(tokenizer), tokenizer.backend_tokenizer, {}, {}, []
-    encoded = [found.ids for found in encode_texts(backend, [r.text for r in renderings], fast=True)]
-    for rendering, ids in zip(renderings, encoded):
-        found = [n for n, id in enumerate(ids) if id in marks.known]
+    marks, seen, plans = find_marks(tokenizer), {}, []
+    for rendering in renderings:
         own = own_marks(rendering, marks, seen)
-        sure = marks.apart and [id for _, _, id in own] == [ids[n] for n in found]
-        plans.append(find_parts(rendering, own, found, len(ids)) if sure and len(ids) <= (limit or len(ids)) else None)
-        tails.update((part.tail, ()) for part in plans[-1] or ())
-    tails.update(zip(tails, (found.ids for found in encode_texts(backend, list(tails), fast=True))))
-    rows = []
-    for rendering, ids, parts in zip(renderings, encoded, plans):
-        row = None if parts is None else label_by_marks(ids, parts, tails)
+        plans.append(Plan(rendering.text, [id for _, _, id in own], find_parts(rendering, own)))
+    rows = label_by_marks(tokenizer, plans, marks, limit)
+    for n, row in enumerate(rows):
         try:
-            rows.append(row or label_by_offsets(tokenizer, rendering, marks, obey))
+            rows[n] = row or label_by_offsets(tokenizer, renderings[n], marks, obey)
         except FinetuningError as problem:
-            rows.append(problem)
+            rows[n] = problem
     return rows
-
-# %% ../nbs/24_encoding.ipynb #10069107
-def label_by_marks(
-    ids: list[int],  # the tokens of a row
-    parts: list[AnswerTokens],  # its answers
-    tails: dict[str, list[int]],  # the tokens of what each prompt ends in
-) -> EncodedRow | None:  # None where a prompt's tokens are not the row's beginning
-    "Label a row whose answers stand between marks"
-    labels = [-100] * len(ids)
-    for part in parts:
-        tail = tails[part.tail]
-        start = part.start + len(tail)
-        if ids[part.start:start] != tail:
-            return None
-        labels[start:part.end] = ids[start:part.end]
-    return EncodedRow(ids, labels)
 
 # %% ../nbs/24_encoding.ipynb #31e493a7
 def label(
