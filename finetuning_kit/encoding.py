@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 # %% auto #0
 __all__ = ['Marks', 'find_marks', 'encode_texts', 'encode_text', 'make_twin', 'secret_names', 'stretches', 'encode_safely',
            'count_spelled', 'EncodedRow', 'token_html', 'AnswerTokens', 'find_parts', 'Plan', 'own_marks',
-           'encode_at_seams', 'until', 'weighted_row', 'find_spare', 'label_by_offsets', 'tokens_of', 'label_part',
-           'label_by_marks', 'label_all', 'label', 'token_texts', 'RowView', 'show_row']
+           'encode_at_seams', 'until', 'weighted_row', 'find_spare', 'label_by_offsets', 'from_letters', 'tokens_of',
+           'label_part', 'label_by_marks', 'label_all', 'label', 'token_texts', 'RowView', 'show_row']
 
 # %% ../nbs/24_encoding.ipynb #4904054e
 from .records import Place
@@ -340,9 +340,9 @@ def label_by_offsets(
     seams = [span.start for span, prompt in prompts.items() if ids[: len(prompt)] != prompt]
     if seams:
         ids, offsets = encode_at_seams(tokenizer, rendering, seams, (ids, offsets), marks)
-    counts = [0.0] * len(ids)
+    counts, places = [0.0] * len(ids), from_letters(text, offsets)
     for span in answers:
-        for n in tokens_of(span, offsets, ids, prompts.get(span)):
+        for n in tokens_of(span, places, ids, prompts.get(span)):
             counts[n] = span.weight
     row = weighted_row(ids, counts)
     row.n_marks = count_spelled(text, contents, *plain, marks)
@@ -350,19 +350,28 @@ def label_by_offsets(
     return row
 
 # %% ../nbs/24_encoding.ipynb #af4a3c02
+def from_letters(
+    text: str,  # what the model reads
+    offsets: list[tuple[int, int]],  # first and last+1 character of each token
+) -> list[tuple[int, int]]:  # the same, from each token's first letter on, where it has one
+    "Leave out the spaces with which tokens begin"
+    letters = [len(text[start:end].lstrip()) for start, end in offsets]
+    return [(end - n if n else start, end) for n, (start, end) in zip(letters, offsets)]
+
+
 def tokens_of(
     span: Span,  # an answer
-    offsets: list[tuple[int, int]],  # first and last+1 character of each token
+    places: list[tuple[int, int]],  # first letter and last+1 character of each token
     ids: list[int],  # the tokens
     prompt: list[int] | None,  # what stands before the answer, encoded alone; None: the answer has no prompt of its own
 ) -> range:  # the answer's tokens
     "Tell which tokens belong to an answer"
-    end = bisect_left(offsets, span.end, key=lambda place: place[0])
+    end = bisect_left(places, span.end, key=lambda place: place[0])
     if prompt is None:
-        return range(bisect_left(offsets, span.start, key=lambda place: place[0]), end)
+        return range(bisect_left(places, span.start, key=lambda place: place[0]), end)
     if ids[: len(prompt)] == prompt:
         return range(len(prompt), end)
-    begun = (n for n, (start, last) in enumerate(offsets) if last > span.start or start == last == span.start)
+    begun = (n for n, (start, last) in enumerate(places) if last > span.start or start == last == span.start)
     return range(next(begun, end), end)
 
 # %% ../nbs/24_encoding.ipynb #10069107

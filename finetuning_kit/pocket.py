@@ -44,9 +44,11 @@ def unmark_lines():  # a decoder of the tokenizers library
     "Undo `mark_lines`: marks become spaces, and each line's first one goes"
     from tokenizers import Regex, decoders
 
-    starts = "|".join([r"\A", r"(?<=\n)", *(f"(?<={re.escape(token)})" for token in SPECIAL_TOKENS)])
-    return decoders.Sequence([decoders.ByteFallback(), decoders.Replace(MARK, " "), decoders.Fuse(),
-                              decoders.Replace(Regex(f"(?:{starts}) "), "")])
+    seal = "\ufdd0"  # no character; stands behind special tokens, not behind a text that spells one
+    sealed = [decoders.Replace(Regex(f"^{re.escape(token)}$"), token + seal) for token in SPECIAL_TOKENS]
+    starts = "|".join([r"\A ", r"(?<=\n) ", *(f"(?<={re.escape(token)}){seal} ?" for token in SPECIAL_TOKENS)])
+    return decoders.Sequence([*sealed, decoders.ByteFallback(), decoders.Replace(MARK, " "), decoders.Fuse(),
+                              decoders.Replace(Regex(starts), "")])
 
 
 def split_words():  # a pre-tokenizer of the tokenizers library
