@@ -407,13 +407,14 @@ class LossTable:
     __repr__ = __str__
 
     def _repr_html_(self):
-        rows = ["<tr><th>tool</th><th>in the loss</th><th>of the prompt</th><th>end learned</th><th>the row</th></tr>"]
+        heads, left = ("tool", "in the loss", "of the prompt", "end learned", "the row"), "style='text-align:left'"
+        rows = ["<tr>" + "".join(f"<th {left}>{head}&emsp;</th>" for head in heads) + "</tr>"]
         for line in self.lines:
             cells = "".join(token_html(text.replace("\n", "⏎\n"), learned) for text, learned, kept in
                             zip(self.texts, line.learned, line.kept) if kept)
             facts = (line.tool, sum(line.learned), line.n_prompt, line.end())
-            rows.append("<tr>" + "".join(f"<td>{html.escape(str(fact))}</td>" for fact in facts)
-                        + f"<td style='text-align:left'>{cells} <i>{html.escape(line.fate)}</i></td></tr>")
+            rows.append("<tr>" + "".join(f"<td {left}>{html.escape(str(fact))}</td>" for fact in facts)
+                        + f"<td {left}>{cells} <i>{html.escape(line.fate)}</i></td></tr>")
         return f"<div><b>{html.escape(self.title)}</b><table>{''.join(rows)}</table></div>"
 
 # %% ../nbs/29_elsewhere.ipynb #ad8aa210

@@ -287,8 +287,7 @@ def encode_at_seams(
         got, where = encode_safely(tokenizer, rendering.text[start:end], inside, marks)
         ids += got
         offsets += [(first + start, last + start) for first, last in where]
-    same = tokenizer.decode(ids) == tokenizer.decode(usual[0])
-    return (ids, offsets) if same else usual
+    return (ids, offsets) if tokenizer.decode(ids) == tokenizer.decode(usual[0]) else usual
 
 # %% ../nbs/24_encoding.ipynb #ef50eb77
 def until(
@@ -335,8 +334,7 @@ def label_by_offsets(
     plain = encode_text(tokenizer, text)
     ids, offsets = encode(text, contents)
     inside = {span for span in answers if any(c.start < span.start < c.end for c in contents)}
-    prompts = {span: encode(text[:span.start], until(contents, span.start))[0] for span in answers
-               if span not in inside}
+    prompts = {s: encode(text[:s.start], until(contents, s.start))[0] for s in answers if s not in inside}
     seams = [span.start for span, prompt in prompts.items() if ids[: len(prompt)] != prompt]
     if seams:
         ids, offsets = encode_at_seams(tokenizer, rendering, seams, (ids, offsets), marks)
@@ -345,8 +343,7 @@ def label_by_offsets(
         for n in tokens_of(span, places, ids, prompts.get(span)):
             counts[n] = span.weight
     row = weighted_row(ids, counts)
-    row.n_marks = count_spelled(text, contents, *plain, marks)
-    row.spare = find_spare(contents, offsets, row.labels)
+    row.n_marks, row.spare = count_spelled(text, contents, *plain, marks), find_spare(contents, offsets, row.labels)
     return row
 
 # %% ../nbs/24_encoding.ipynb #af4a3c02
@@ -399,15 +396,13 @@ def label_by_marks(
     limit: int | None = None,  # tokens; a longer row is left to others
 ) -> list[EncodedRow | None]:  # None where marks alone do not tell
     "Encode and label many rows, without offsets"
-    backend, tails, rows = tokenizer.backend_tokenizer, {}, []
-    tails.update((part.tail, ()) for plan in plans for part in plan.parts or ())
-    tails.update(zip(tails, (found.ids for found in encode_texts(backend, list(tails), fast=True))))
-    encoded = encode_texts(backend, [plan.text for plan in plans], fast=True)
-    for plan, ids in zip(plans, (each.ids for each in encoded)):
+    encode = lambda texts: [found.ids for found in encode_texts(tokenizer.backend_tokenizer, texts, fast=True)]
+    ends, rows = list({part.tail for plan in plans for part in plan.parts or ()}), []
+    tails = dict(zip(ends, encode(ends)))
+    for plan, ids in zip(plans, encode([plan.text for plan in plans])):
         found = [n for n, id in enumerate(ids) if id in marks.known]
         is_sure = marks.apart and plan.parts is not None and plan.own == [ids[n] for n in found]
-        fits = is_sure and len(ids) <= (limit or len(ids))
-        rows.append(label_part(ids, found, plan.parts, tails) if fits else None)
+        rows.append(label_part(ids, found, plan.parts, tails) if is_sure and len(ids) <= (limit or len(ids)) else None)
     return rows
 
 # %% ../nbs/24_encoding.ipynb #cb92d607
