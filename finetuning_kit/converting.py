@@ -17,7 +17,7 @@ __all__ = ['Conversion', 'open_records', 'render_all', 'open_rejects', 'close_re
 
 # %% ../nbs/15_converting.ipynb #558db03e
 from .decoding import display_name
-from .ledger import DataError, Ledger, RejectsFile
+from .ledger import DataError, Ledger, RejectsFile, reject_lines
 from .loading import N_LOOKED, iter_records, read_all
 from .mappings import read_mapping
 from .reading import iter_rows
@@ -48,9 +48,7 @@ class Conversion:
             said += [("because", reason) for reason in found.reasons]
         titles = {"normalised": "read as", "warning": "look at"}
         said += [(titles[notice.kind], str(notice).partition(" ")[2]) for notice in ledger.notices.values()]
-        said += [("rejected", str(reject)) for reject in ledger.rejects[:20]]
-        n_more = ledger.n_rejected.total() - 20
-        said += [("rejected", f"and {n_more:,} more")] if n_more > 0 else []
+        said += [("rejected", line) for line in reject_lines(ledger.rejects, ledger.n_rejected.total())]
         return [*said, ("written", f"{self.n_written:,} rows as {self.to} to {display_name(self.output)}")]
 
     def __str__(self):

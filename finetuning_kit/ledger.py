@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['N_KEPT', 'N_SHOWN', 'FATES', 'DataError', 'Notice', 'Reject', 'Findings', 'Ledger', 'RejectedRows', 'balance',
-           'balance_line', 'ledger_text', 'ledger_markdown', 'ledger_html', 'RejectsFile', 'reject_line']
+__all__ = ['N_KEPT', 'N_SHOWN', 'FATES', 'DataError', 'Notice', 'Reject', 'Findings', 'Ledger', 'reject_lines', 'RejectedRows',
+           'balance', 'balance_line', 'ledger_text', 'ledger_markdown', 'ledger_html', 'RejectsFile', 'reject_line']
 
 # %% ../nbs/05_ledger.ipynb #95899f7c
 from .records import Place
@@ -153,7 +153,23 @@ class Ledger(Findings):
                                           f"({dict(fates)}); this is a fault of the kit, please report it")
 
 # %% ../nbs/05_ledger.ipynb #7d9c85c2
-N_SHOWN = 20  # rejects that a message lists
+N_SHOWN = 20  # lines of rejects that a message has
+
+
+def reject_lines(
+    rejects: list[Reject],  # rows that cannot be used, perhaps not all of them
+    n_all: int,  # how many there are
+) -> list[str]:  # lines, at most `N_SHOWN` and one more
+    "List rejects; rows with one and the same problem share a line when they are more than three"
+    groups, lines, n_told = {}, [], 0
+    for each in rejects:
+        groups.setdefault((each.code, each.problem), []).append(str(each.place))
+    for (code, problem), places in groups.items():
+        heads = places if len(places) < 4 else [f"{', '.join(places[:3])} and {len(places) - 3:,} more"]
+        heads = heads[:N_SHOWN - len(lines)]
+        lines += [f"{head}: {code}: {problem}" for head in heads]
+        n_told += len(places) if len(places) > 3 and heads else len(heads)
+    return lines + [f"and {n_all - n_told:,} more"] * (n_all > n_told)
 
 
 class RejectedRows(DataError):
@@ -164,11 +180,11 @@ class RejectedRows(DataError):
         ledger: Ledger,  # holds the rejects
     ):
         total, kinds = ledger.n_rejected.total(), ledger.n_rejected.most_common()
-        codes = ", ".join(f"{count} {code}" for code, count in kinds)
-        more = f"\nand {total - N_SHOWN} more" if total > N_SHOWN else ""
-        lines = "\n".join(map(str, ledger.rejects[:N_SHOWN]))
-        super().__init__("bad_rows", f"{total} of {ledger.n_rows} rows cannot be used ({codes}), and nothing was "
-                         f"written; mend them, or leave them out with `on_bad` set to skip\n{lines}{more}")
+        codes = ", ".join(f"{count:,} {code}" for code, count in kinds)
+        cure = ("mend them" if total == ledger.n_rows else
+                "mend them, or set `on_bad` to skip (`--on-bad skip`), which leaves them out")
+        lines = "\n".join(reject_lines(ledger.rejects, total))
+        super().__init__("bad_rows", f"{total:,} of {ledger.n_rows:,} rows cannot be used ({codes}); {cure}\n{lines}")
         self.ledger = ledger
 
 # %% ../nbs/05_ledger.ipynb #1a670a83

@@ -15,7 +15,7 @@ __all__ = ['SHORTEN', 'POLICIES_OVER', 'answer_ends', 'keep_tokens', 'cut_end', 
 
 # %% ../nbs/26_lengths.ipynb #b387ea73
 from .encoding import EncodedRow
-from .ledger import Ledger
+from .ledger import DataError, Ledger
 from .records import Place
 from .settings import FinetuningError, markdown_table
 
@@ -198,7 +198,8 @@ def apply_limit(
         kept += left
         n_dropped += not left
     if long and not kept:
-        raise FinetuningError(f"{told}, and nothing of them is left; raise it")
+        raise DataError("too_long", f"{told}, and nothing of them is left; raise it as far as the model goes, or set "
+                        "`over_length` to split, cut_end or cut_prompt")
     return limited_set(rows, kept, long, (max_length, over_length, told, n_dropped))
 
 

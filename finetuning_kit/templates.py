@@ -208,6 +208,9 @@ def lay_out_row(
         if placed is not None:
             break
     check_places(parts[1::2], pieces, messages)
+    if tools and all(piece.kind != "tools" for piece in pieces) and render(tokenizer, messages, ask) == truth:
+        raise FinetuningError("the chat template leaves out the tools on offer; remove them from the row, or use "
+                              "another template")
     if placed is None:
         raise FinetuningError("the chat template changes what a message says, so the place of the answer is unknown; "
                               "use another template, or set `dataset_format` to instruction")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['format_answer', 'render_record', 'uses_template', 'start_ids', 'begins_texts', 'encode_batch', 'begin_row',
-           'encode_record', 'encode_prompt', 'seam_notes', 'open_pairs', 'keep_good', 'source_of', 'cache_key',
-           'save_rows', 'load_rows', 'encode_cached', 'encode_records', 'to_dataset']
+           'encode_record', 'encode_prompt', 'seam_notes', 'open_pairs', 'left_out', 'keep_good', 'source_of',
+           'cache_key', 'save_rows', 'load_rows', 'encode_cached', 'encode_records', 'to_dataset']
 
 # %% ../nbs/27_tokens.ipynb #713a83f0
 from .encoding import EncodedRow, encode_safely, find_marks, label_all, until
@@ -227,13 +227,26 @@ def open_pairs(
     return list(iter_records(records, mapping, ledger, allow_mixture))
 
 
+def left_out(
+    record: Record,  # what was said
+    text: str,  # what the model reads of it
+) -> list[str]:  # in words, what is missing
+    "Name what a conversation holds and its text does not: thoughts, and the names of speakers"
+    turns, bare = getattr(record, "messages", ()), lambda words: " ".join(words.split())
+    text = bare(text)
+    thoughts = any(bare(turn.thinking) not in text for turn in turns if turn.thinking)
+    names = any(turn.name not in text for turn in turns if turn.name and turn.role != "tool")
+    return ["thoughts"] * thoughts + ["names of speakers"] * names
+
+
 def keep_good(
+    tokenizer,  # the tokenizer that made the ids
     pairs: list[tuple],  # rows and records
     encoded: list,  # an EncodedRow or an error for each
     ledger: Ledger,  # receives rejects and notices
     obey_marks: bool,  # whether spelled control marks steer
 ) -> list[tuple[Record, EncodedRow]]:  # records with their rows
-    "Part rows from errors, and note control marks that somebody spelled"
+    "Part rows from errors; note control marks that somebody spelled, and what the rows' text leaves out"
     does = "steer the model, as asked" if obey_marks else "they were encoded as text"
     good = []
     for (row, record), found in zip(pairs, encoded):
@@ -242,6 +255,10 @@ def keep_good(
             continue
         if found.n_marks:
             ledger.note("control_marks", f"texts that spell control marks of this tokenizer; {does}", row.place)
+        if any(turn.thinking or turn.name for turn in getattr(record, "messages", ())):
+            for what in left_out(record, tokenizer.decode(found.input_ids)):
+                ledger.note(f"{what.partition(' ')[0]}_left_out", f"{what} that the chat template does not write for "
+                            "these rows, so the model never sees them; use another template if they matter", row.place)
         good.append((record, replace(found, place=row.place)))
     return good
 
@@ -342,7 +359,7 @@ def encode_records(
     formatter: DatasetFormatter | None = None,  # None: the tokenizer's chat template
     over_length: str = "drop",  # longer rows: "drop", "cut_prompt", "cut_end", "split" or "raise"
     learn: str = "answers",  # what counts: "answers", "last_answer", "all", or only what has "weights"
-    ledger: Ledger | None = None,  # receives every row and token, its owner settles it; None: settled here
+    ledger: Ledger | None = None,  # receives every row and token; bad rows stop here unless its `on_bad` is skip
     fate: str = "trained",  # what becomes of the rows that stay: "trained" or "held out"
     mapping=None,  # how columns are read, in any form that `read_mapping` takes; None: find out
     allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
@@ -354,9 +371,8 @@ def encode_records(
     pairs = open_pairs(records, mapping, account, allow_mixture)
     choices = {"formatter": formatter, "learn": learn, "obey_marks": obey_marks, "limit": max_length}
     encoded = encode_cached(tokenizer, [record for _, record in pairs], account, cache, **choices)
-    good = keep_good(pairs, encoded, account, obey_marks)
-    if ledger is None:
-        account.settle()
+    good = keep_good(tokenizer, pairs, encoded, account, obey_marks)
+    account.settle()
     found = apply_limit([row for _, row in good], max_length, over_length, account, fate)
     if uses_template(formatter) and end_of_turn_id(tokenizer) is None:
         found.notes.append(f"the chat template writes no end of a turn; {tokenizer.eos_token!r} was added to each row")
