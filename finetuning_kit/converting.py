@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['Conversion', 'open_records', 'render_all', 'open_rejects', 'close_rejects', 'convert_dataset']
+__all__ = ['Conversion', 'open_records', 'render_all', 'files_read', 'refuse_read', 'move_rejects', 'open_rejects',
+           'convert_dataset']
 
 # %% ../nbs/15_converting.ipynb #558db03e
 from .decoding import display_name
@@ -93,27 +94,61 @@ def render_all(
         raise DataError("no_rows", f"of {ledger.n_rows} rows none can be written ({why}), and nothing was written")
 
 # %% ../nbs/15_converting.ipynb #b45c57e0
+def files_read(
+    source,  # whatever `iter_rows` reads, or records
+    mapping=None,  # how it is read, perhaps a file and an entry in it
+) -> list[Path]:  # files; all of those in a folder
+    "List the files that a conversion reads, which it must not write to"
+    named = [each for each in (source, str(mapping).rpartition(":")[0] if isinstance(mapping, str) else None)
+             if isinstance(each, (str, Path)) and str(each)]
+    found = [path for each in map(Path, named) for path in (each.rglob("*") if each.is_dir() else [each])]
+    return [path for path in found if path.is_file()]
+
+
+def refuse_read(
+    path: Path,  # a file or folder to write
+    read: list[Path],  # files that are read, or written already
+) -> None:  # nothing when it is none of them, under any name
+    "Refuse to write over what is being read"
+    within = path.resolve()
+    if any(within in each.resolve().parents or path.exists() and each.exists() and path.samefile(each)
+           for each in read) or within in [each.resolve() for each in read]:
+        raise FinetuningError(f"{path.name}: this file is being read; write to another one")
+
+
+def move_rejects(
+    rejects: RejectsFile,  # rows that were rejected, in a file of their own
+    path: Path,  # where they belong
+) -> None:  # there, if there are any; what was there before is replaced only then
+    "Put a file of rejects in its place"
+    rejects.close()
+    if rejects.n_rows:
+        os.replace(rejects.path, path)
+    rejects.path.unlink(missing_ok=True)
+
+
+@contextmanager
 def open_rejects(
-    path: Path,  # the file to write
+    path: Path | None,  # the file to write; None: none
     overwrite: bool,  # True: one that is there is replaced
-    others: tuple,  # files that it must not be
-) -> RejectsFile:  # open
-    "Begin a file of rejects, unless it would replace something that must be kept"
+) -> Iterator[RejectsFile | None]:  # open, beside its place until all rows are read
+    "Begin a file of rejects; it is kept where the rows were read to their end"
+    if path is None:
+        yield None
+        return
     check_free(path if path.suffix else path.with_suffix(".jsonl"), True)
-    for other in others:
-        if isinstance(other, (str, Path)) and os.path.abspath(path) == os.path.abspath(other):
-            raise FinetuningError(f"{path.name}: the rejects need a file of their own; name another one")
     if os.path.lexists(path) and not overwrite:
         raise FinetuningError(f"{path.name}: it is there already; set `overwrite` to replace it, or name another place")
-    return RejectsFile(path)
-
-
-def close_rejects(
-    rejects: RejectsFile,  # a file of rejects
-) -> None:  # it is closed, or gone
-    "Close a file of rejects; one without rows is taken away"
-    rejects.close()
-    if not rejects.n_rows:
+    rejects = RejectsFile(path.with_name(f".{path.name}.{os.getpid()}.part"))
+    try:
+        yield rejects
+        move_rejects(rejects, path)
+    except DataError as error:
+        if error.code in ("bad_rows", "no_rows"):
+            move_rejects(rejects, path)
+        raise
+    finally:
+        rejects.close()
         rejects.path.unlink(missing_ok=True)
 
 # %% ../nbs/15_converting.ipynb #8df5b415
@@ -128,12 +163,13 @@ def convert_dataset(
     overwrite: bool = False,  # True: files that are there are replaced
 ) -> Conversion:  # what was read and written
     "Convert a data set into another format, whole or not at all"
-    output, to = Path(output), format_named(to).name
+    output, to, rejects = Path(output), format_named(to).name, None if rejects is None else Path(rejects)
     check_free(output, overwrite, source)
-    with ExitStack() as stack:
-        bin = None if rejects is None else open_rejects(Path(rejects), overwrite, (source, output))
-        if bin is not None:
-            stack.callback(close_rejects, bin)
+    read = files_read(source, mapping)
+    refuse_read(output, read)
+    if rejects is not None:
+        refuse_read(rejects, [*read, output])
+    with open_rejects(rejects, overwrite) as bin:
         ledger = Ledger(on_bad, on_reject=bin)
         found, records = open_records(source, mapping, ledger, allow_mixture)
         n_written = write_rows(render_all(records, to, ledger), output, overwrite)
