@@ -296,7 +296,7 @@ def _reasons(rows: list[Row], mapping: Mapping, n_own: int, ways: list) -> list[
         row.data.get(column) is not None for row in rows)]
     reasons += [f"{listed(used)} may be there, and is"] if used else []
     unused = dict.fromkeys(column for row in rows for column in row.data if column not in mapping.columns)
-    reasons += [f"{listed(unused)} is not read"] if unused else []
+    reasons += [f"{listed(unused)} {'is' if len(unused) == 1 else 'are'} not read"] if unused else []
     rival = next((rival for found in ways if (rival := rival_of(found))), None)
     return reasons + ([f"it could be {rival.format} ({listed(rival.required)}) as well"] if rival else [])
 

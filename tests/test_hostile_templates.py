@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from finetuning_kit.models import load_tokenizer
-from finetuning_kit.outlines import literals_watched
 from finetuning_kit.rendering import MEMORY_LIMIT, RENDERER, Renderer, render
 from finetuning_kit.settings import FinetuningError
+from finetuning_kit.tracing import literals_watched
 
 ASKED = [{"role": "user", "content": "Hi"}]
 TOUCH = "open(os.environ['HOME'] + '/touched', 'w')"

@@ -1,4 +1,4 @@
-"""No conversion destroys a file: not the one it reads, under any name, nor one that was there before a run that fails."""
+"""No conversion destroys a file: not one that it reads, under any name, nor one that was there before it failed."""
 import json
 import os
 from pathlib import Path
