@@ -20,13 +20,14 @@ __all__ = ['N_LOOKED', 'BUILDERS', 'NOTICES', 'check_value', 'check_names', 'sam
 
 # %% ../nbs/12_loading.ipynb #9a2d73f0
 from .formatting import (
-    RowError, TurnStyle, kind_name, nearest_name, read_conversation, read_tools, read_turns, to_messages)
+    RowError, TurnStyle, nearest_name, read_conversation, read_tools, read_turns, to_messages)
 from .ledger import DataError, Ledger
 from .mappings import read_mapping
 from .reading import iter_rows
 from .records import (
     Conversation, Document, Feedback, Message, Place, PreferencePair, Record, Row, TrainingSample)
 from .settings import FinetuningError
+from .strict_json import kind_of
 from .shapes import FORMATS, Mapping, detect_shape, fitting, kinds_of, listed, rival_of
 
 # %% ../nbs/12_loading.ipynb #266f9080
@@ -50,7 +51,7 @@ def check_value(
              "segments": "a list of segments"}.get(name, "text" if is_text else "text or a list of turns")
     cure = "; put it in quotes" if str in wanted and isinstance(value, (bool, int, float)) else ""
     raise RowError("null_value" if value is None else "wrong_type",
-                   f"`{column}` must be {words}, got {kind_name(value)}{cure}")
+                   f"`{column}` must be {words}, got {kind_of(value)}{cure}")
 
 # %% ../nbs/12_loading.ipynb #21f5d36c
 def check_names(

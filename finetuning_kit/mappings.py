@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['LLAMA_FACTORY_COLUMNS', 'AXOLOTL_TYPES', 'AXOLOTL_PAIRS', 'AXOLOTL_KTO', 'AXOLOTL_RL', 'mapping_of',
-           'columns_mapping', 'llama_factory_mapping', 'refuse_unheard', 'find_entry', 'AxolotlStyle', 'cut_parts',
-           'weigh', 'axolotl_mapping', 'read_mapping']
+           'columns_mapping', 'llama_factory_mapping', 'refuse_short', 'refuse_odd', 'refuse_unheard', 'find_entry',
+           'AxolotlStyle', 'cut_parts', 'weigh', 'axolotl_mapping', 'refuse_roles', 'read_mapping']
 
 # %% ../nbs/11_mappings.ipynb #f7fa848c
 from .formatting import CALL, PLAIN_STYLE, RowError, TurnStyle, nearest_name
@@ -81,6 +82,7 @@ def llama_factory_mapping(
     entry: dict,  # one entry of a `dataset_info.json`
 ) -> Mapping:  # how it reads the columns
     "Read how LLaMA-Factory was told to read a data set"
+    refuse_odd("LLaMA-Factory", entry, texts=("formatting",), tables=("columns", "tags"))
     formatting = {"openai": "sharegpt"}.get(entry.get("formatting"), entry.get("formatting", "alpaca"))
     columns = entry.get("columns") or _NATIVE.get(formatting, {})
     unheard = [key for key, value in entry.items()
@@ -94,11 +96,47 @@ def llama_factory_mapping(
     found = {column: known[key] for key, column in columns.items() if column}
     if name == "alpaca" and "output" not in found.values():
         name, found = "text", {column: "text" for column, field in found.items() if field == "instruction"}
+    refuse_short("LLaMA-Factory", name, found.values(), {field: key for key, field in known.items()})
     tags = {**_TAGS, **(entry.get("tags") or {})}
+    if tags["user_tag"] == tags["assistant_tag"]:
+        raise FinetuningError("`mapping`: `user_tag` and `assistant_tag` of LLaMA-Factory are the same, so nobody "
+                              "could tell who speaks; give each role a tag of its own")
     roles = dict(zip([tags[key] for key in list(_TAGS)[2:]], ("user", "assistant", "tool", CALL, "system")))
     keys = {tags["role_tag"]: "role", tags["content_tag"]: "content"}
     style = TurnStyle(keys, roles) if entry.get("tags") else PLAIN_STYLE
     return Mapping(name, found, style, source="LLaMA-Factory")
+
+# %% ../nbs/11_mappings.ipynb #a4cd8d42
+def refuse_short(
+    tool: str,  # whose settings they are
+    name: str,  # the format that they describe
+    fields: Iterable[str],  # what the columns hold
+    words: dict[str, str],  # field -> what the tool calls it
+) -> None:  # nothing when all of the format is there
+    "Refuse columns that leave out what every row of the format has"
+    ways = [{*columns.values()} - {*fields} for columns in (FORMATS[name].columns, *FORMATS[name].others)]
+    if all(ways):
+        lacks = [words.get(field, field) for field in sorted(min(ways, key=len))]
+        raise FinetuningError(f"`mapping`: the columns of {tool} name none for {', '.join(lacks)}, which every row of "
+                              f"the shape {name} has; name it")
+
+
+def refuse_odd(
+    tool: str,  # whose settings they are
+    entry: dict,  # one entry
+    texts: tuple = (),  # keys whose values are texts
+    tables: tuple = (),  # keys whose values are objects that hold texts
+) -> None:  # nothing when each value has its kind, or is null
+    "Refuse settings of a kind that the tool would not take"
+    is_text = lambda value: value is None or isinstance(value, str)
+    odd = [key for key in texts if not is_text(entry.get(key))]
+    odd += [key for key in tables if not isinstance(entry.get(key) or {}, dict)]
+    odd += [f"{key}.{name}" for key in tables if key not in odd for name, value in (entry.get(key) or {}).items()
+            if not is_text(value)]
+    odd += [repr(key) for key in entry if not isinstance(key, str)]
+    if odd:
+        raise FinetuningError(f"`mapping`: {', '.join(odd)} of {tool} must be text; write the name of a column, a role "
+                              "or a format in quotes")
 
 
 def refuse_unheard(
@@ -120,8 +158,11 @@ def find_entry(
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FinetuningError(f"{path.name}: cannot be read as a list of data sets ({error})") from None
-    if not isinstance(entries, dict) or not isinstance(entries.get(name), dict):
-        near = nearest_name(name, frozenset(map(str, entries)))
+    if isinstance(entries, dict) and name in entries and not isinstance(entries[name], dict):
+        raise FinetuningError(f"{path.name}: the data set {name!r} must be an object with `file_name`, `columns` and "
+                              f"so on, got {value_words(entries[name])}")
+    if not isinstance(entries, dict) or name not in entries:
+        near = nearest_name(name, frozenset(map(str, entries if isinstance(entries, (dict, list)) else ())))
         raise FinetuningError(f"{path.name}: has no data set {name!r}; " + (
             f"did you mean `{near}`?" if near else f"it has {listed(entries)}"))
     return entries[name]
@@ -215,9 +256,11 @@ def axolotl_mapping(
     entry: dict,  # one entry of `datasets` in an Axolotl configuration; `rl` may say "dpo" or "kto"
 ) -> Mapping:  # how it reads the columns
     "Read how Axolotl was told to read a data set"
+    if isinstance(entry.get("type"), dict):
+        entry = {**entry, **entry["type"], "type": "alpaca"}
+    refuse_odd("Axolotl", entry, texts=("type", "rl", "system_prompt", *_RENAMES, *_TURNS[1:6]), tables=_TURNS[:1])
+    refuse_roles(entry)
     kind = entry.get("type") or ""
-    if isinstance(kind, dict):
-        entry, kind = {**entry, **kind, "type": "alpaca"}, "alpaca"
     system = entry.get("system_prompt")
     unheard = [key for key, value in entry.items() if key not in (*_RENAMES, *_TURNS, "system_prompt") and value
                and not (key in _QUIET and _QUIET[key] in (None, value))]
@@ -253,6 +296,19 @@ def _axolotl_type(kind: str, rl: str | None) -> tuple:
     return AXOLOTL_TYPES[kind]
 
 # %% ../nbs/11_mappings.ipynb #f887d207
+def refuse_roles(
+    entry: dict,  # one entry of `datasets`
+) -> None:  # nothing when the roles can be read
+    "Refuse roles of a kind that Axolotl would not take"
+    texts = lambda value: isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    roles, learn = entry.get("roles"), entry.get("roles_to_train")
+    if roles is not None and not (isinstance(roles, dict) and all(map(texts, roles.values()))):
+        raise FinetuningError("`mapping`: `roles` of Axolotl must be an object whose values are lists of names, such "
+                              'as {"user": ["human"]}')
+    if learn is not None and not texts(learn):
+        raise FinetuningError('`mapping`: `roles_to_train` of Axolotl must be a list of roles, such as ["assistant"]')
+
+
 def _axolotl_style(entry: dict, kind: str) -> TurnStyle:
     if not kind.startswith(("chat_template", "pygmalion")):
         return PLAIN_STYLE

@@ -8,7 +8,7 @@ __all__ = ['REQUIRED', 'ROLES', 'ROLE_ALIASES', 'check_text', 'Record', 'plain',
            'settle_turns', 'PreferencePair', 'Feedback', 'Document', 'Place', 'Row']
 
 # %% ../nbs/03_records.ipynb #fddf31ba
-import math
+import re
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar
 
@@ -17,6 +17,9 @@ from .settings import FinetuningError, value_words
 
 # %% ../nbs/03_records.ipynb #97192a8d
 REQUIRED = type("Required", (), {"__repr__": lambda self: "<required>"})()
+
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def check_text(
@@ -32,6 +35,9 @@ def check_text(
         if not isinstance(value, str):
             raise FinetuningError(f"`{name}` of a {kind} must be text, got {value_words(value)}; "
                                   "turn it into text, or leave the row out")
+        if not value.isascii() and (half := _HALF.search(value)):
+            raise FinetuningError(f"`{name}` of a {kind} holds half a character ({ascii(half[0])[1:-1]}) at "
+                                  f"{half.start()}; mend the program that made the text, or leave the row out")
 
 # %% ../nbs/03_records.ipynb #3d2b3eac
 class Record:
@@ -106,8 +112,8 @@ def check_weight(
 ) -> None:  # nothing when it is a weight
     "Refuse a weight that is no number of 0 or more"
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if weight is not None and not (number and math.isfinite(weight) and weight >= 0):
-        raise FinetuningError(f"`weight` of a {kind} must be a number of 0 or more, got {value_words(weight)}; "
+    if weight is not None and not (number and 0 <= weight <= 1e9):
+        raise FinetuningError(f"`weight` of a {kind} must be a number from 0 to 1e9, got {value_words(weight)}; "
                               "0 keeps the text out of the loss, 1 is the usual weight")
 
 

@@ -276,9 +276,9 @@ def check_ratio(
     split_ratio: float,  # a share
 ) -> None:  # it is a share that leaves rows to train on
     "Refuse a share that cannot be held out"
-    if not 0 <= split_ratio < 1:
-        raise FinetuningError(f"`split_ratio` must be at least 0 and below 1, got {split_ratio}; 0.1 keeps a tenth of "
-                              "the rows for evaluation")
+    if not isinstance(split_ratio, (int, float)) or not 0 <= split_ratio < 1:
+        raise FinetuningError(f"`split_ratio` must be at least 0 and below 1, got {split_ratio!r:.40}; 0.1 keeps a "
+                              "tenth of the rows for evaluation")
 
 
 def open_rows(

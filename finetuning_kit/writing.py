@@ -120,8 +120,10 @@ def finish_table(
     schema: dict,  # the schema of all rows
 ) -> None:  # the file is there
     "Make a table of the lines; commas part the columns, or tabs where the file ends in .tsv"
+    quoting = csv.QUOTE_ALL if any(b"\xef\xbb\xbf" in line for line in open(lines, "rb")) else csv.QUOTE_MINIMAL
     with open(lines, encoding="utf-8", newline="\n") as rows, open(whole, "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(schema), restval="", delimiter="\t" if whole.suffix == ".tsv" else ",")
+        table = csv.DictWriter(file, list(schema), restval="", delimiter="\t" if whole.suffix == ".tsv" else ",",
+                               quoting=quoting)
         table.writeheader()
         table.writerows(map(json.loads, rows))
 
@@ -190,13 +192,14 @@ def check_free(
     if isinstance(source, (str, Path)) and path.exists() and os.path.exists(source) and path.samefile(source):
         raise FinetuningError(f"{path.name}: this file is being read; write to another one")
     if os.path.lexists(path) and not overwrite:
-        raise FinetuningError(f"{path.name}: it is there already; set `overwrite` to replace it, or name another place")
+        raise FinetuningError(f"{path.name or path}: it is there already; set `overwrite` to replace it, or name "
+                              "another place")
     is_ours = path.is_file() if path.suffix else (path / "dataset_info.json").is_file()
     if path.exists() and not is_ours:
         raise FinetuningError(f"{path.name}: it is no {'file' if path.suffix else 'folder of `datasets`'}, and is not "
                               "replaced; name another place")
 
-
+# %% ../nbs/14_writing.ipynb #2823614f
 def write_rows(
     rows: Iterable[dict],  # rows, read one by one
     path: str | Path,  # file to write; its ending says how, and none makes a folder of `datasets`

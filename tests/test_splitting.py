@@ -169,7 +169,6 @@ def test_keys_of_every_kind_of_record():
     call = Message("assistant", "", tool_calls=[ToolCall("capital_of", {"country": "Peru"})])
     other = Message("assistant", "", tool_calls=[ToolCall("capital_of", {"country": "Chile"})])
     assert prompt_key(Conversation([ask[1], call, ask[3]])) != prompt_key(Conversation([ask[1], other, ask[3]]))
-    assert first_question(Conversation([Message("user", "\ud800 lone")]))
 
 
 # --- planted leaks --------------------------------------------------------------------------------------------------
