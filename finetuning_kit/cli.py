@@ -55,7 +55,7 @@ def add_flags(
 
     group = parser.add_argument_group(
         "settings", "Each of them can stand in the --config file as well. Without such a file, a run on pocket starts "
-        "from the demo's settings, on any other model from all-linear, 5 %% warm-up and a cosine.")
+        "from the demo's settings, on any other model from all-linear, 5 % warm-up and a cosine.")
     for name, flags in setting_flags(FineTuningConfig).items():
         flags = [flag for flag in flags if flag not in SWITCHES]
         schema = schema_of(FineTuningConfig, tuple(name.split(".")))

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 # %% auto #0
 __all__ = ['Marks', 'find_marks', 'encode_texts', 'encode_text', 'make_twin', 'secret_names', 'stretches', 'encode_safely',
            'count_spelled', 'EncodedRow', 'token_html', 'AnswerTokens', 'find_parts', 'Plan', 'own_marks',
-           'encode_at_seams', 'until', 'weighted_row', 'find_spare', 'label_by_offsets', 'from_letters', 'tokens_of',
+           'encode_at_seams', 'until', 'weighted_row', 'from_letters', 'find_spare', 'label_by_offsets', 'tokens_of',
            'label_part', 'label_by_marks', 'label_all', 'label', 'token_texts', 'RowView', 'show_row']
 
 # %% ../nbs/24_encoding.ipynb #4904054e
@@ -49,8 +49,7 @@ def find_marks(
     ids = dict(sorted(found.items(), key=lambda mark: -len(mark[0])))
     starts = {mark[:n] for mark in ids for n in range(1, len(mark))}
     overlap = any(mark[n:] in starts for mark in ids for n in range(1, len(mark)))
-    everything = "\0".join(ids)
-    within = any(everything.count(mark) > 1 for mark in ids)
+    within = any("\0".join(ids).count(mark) > 1 for mark in ids)
     return Marks(ids, re.compile("|".join(map(re.escape, ids)) or "(?!)"), frozenset(ids.values()),
                  not (overlap or within))
 
@@ -98,14 +97,12 @@ def make_twin(
     known = _TWINS.get(tokenizer)
     if known and known[0] == marks.ids:
         return known[1]
-    secret = secret_names(marks)
-    name = lambda piece: secret.get(piece, piece)
-    saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = saved["model"]
+    secret, saved = secret_names(marks), json.loads(tokenizer.backend_tokenizer.to_str())
+    name, model = (lambda piece: secret.get(piece, piece)), saved["model"]
     saved["added_tokens"] = [{**token, "content": name(token["content"])} for token in saved["added_tokens"]]
-    vocabulary = model["vocab"]
-    model["vocab"] = ({name(piece): id for piece, id in vocabulary.items()} if isinstance(vocabulary, dict) else
-                      [[name(piece), score] for piece, score in vocabulary])
+    pieces = model["vocab"]
+    model["vocab"] = ({name(piece): id for piece, id in pieces.items()} if isinstance(pieces, dict) else
+                      [[name(piece), score] for piece, score in pieces])
     if "merges" in model:
         model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & secret.keys()]
     if isinstance(model.get("unk_token"), str):
@@ -209,8 +206,8 @@ class EncodedRow:
         return f"<{where}{self.n_tokens} tokens, {self.n_loss_tokens} in the loss{cut}{weighted}>"
 
     def _repr_html_(self):
-        ids = [token_html(str(id), label != -100) for id, label in zip(self.input_ids, self.labels)]
-        return f"<div>{html.escape(repr(self))}<br>{' '.join(ids)}</div>"
+        ids = " ".join(token_html(str(id), label != -100) for id, label in zip(self.input_ids, self.labels))
+        return f"<div>{html.escape(repr(self))}<br>{ids}</div>"
 
 # %% ../nbs/24_encoding.ipynb #a1ca1a43
 def token_html(
@@ -307,9 +304,18 @@ def weighted_row(
     return EncodedRow(ids, labels, weights=None if set(counts) <= {0.0, 1.0} else counts)
 
 
+def from_letters(
+    text: str,  # what the model reads
+    offsets: list[tuple[int, int]],  # first and last+1 character of each token
+) -> list[tuple[int, int]]:  # the same, from each token's first letter on, where it has one
+    "Leave out the spaces with which tokens begin"
+    letters = [len(text[start:end].lstrip()) for start, end in offsets]
+    return [(end - n if n else start, end) for n, (start, end) in zip(letters, offsets)]
+
+
 def find_spare(
     contents: list[Span],  # somebody's words
-    offsets: list[tuple[int, int]],  # first and last+1 character of each token
+    offsets: list[tuple[int, int]],  # first letter and last+1 character of each token
     labels: list[int],  # -100 where the loss does not look
 ) -> tuple[tuple[int, int], ...]:  # first and last+1 token of each stretch, in the order in which they may go
     "List the prompt's own words, which a length limit may shorten"
@@ -343,19 +349,10 @@ def label_by_offsets(
         for n in tokens_of(span, places, ids, prompts.get(span)):
             counts[n] = span.weight
     row = weighted_row(ids, counts)
-    row.n_marks, row.spare = count_spelled(text, contents, *plain, marks), find_spare(contents, offsets, row.labels)
+    row.n_marks, row.spare = count_spelled(text, contents, *plain, marks), find_spare(contents, places, row.labels)
     return row
 
 # %% ../nbs/24_encoding.ipynb #af4a3c02
-def from_letters(
-    text: str,  # what the model reads
-    offsets: list[tuple[int, int]],  # first and last+1 character of each token
-) -> list[tuple[int, int]]:  # the same, from each token's first letter on, where it has one
-    "Leave out the spaces with which tokens begin"
-    letters = [len(text[start:end].lstrip()) for start, end in offsets]
-    return [(end - n if n else start, end) for n, (start, end) in zip(letters, offsets)]
-
-
 def tokens_of(
     span: Span,  # an answer
     places: list[tuple[int, int]],  # first letter and last+1 character of each token
@@ -400,9 +397,9 @@ def label_by_marks(
     ends, rows = list({part.tail for plan in plans for part in plan.parts or ()}), []
     tails = dict(zip(ends, encode(ends)))
     for plan, ids in zip(plans, encode([plan.text for plan in plans])):
-        found = [n for n, id in enumerate(ids) if id in marks.known]
-        is_sure = marks.apart and plan.parts is not None and plan.own == [ids[n] for n in found]
-        rows.append(label_part(ids, found, plan.parts, tails) if is_sure and len(ids) <= (limit or len(ids)) else None)
+        found, fits = [n for n, id in enumerate(ids) if id in marks.known], len(ids) <= (limit or len(ids))
+        is_sure = marks.apart and fits and plan.parts is not None and plan.own == [ids[n] for n in found]
+        rows.append(label_part(ids, found, plan.parts, tails) if is_sure else None)
     return rows
 
 # %% ../nbs/24_encoding.ipynb #cb92d607
@@ -461,8 +458,8 @@ class RowView:
     def __str__(self):
         said = ["learn" if learn else "" for _, _, learn in self.cells]
         said = [f"x {weight:g}" if word else "" for word, weight in zip(said, self.weights)] if self.weights else said
-        lines = [f"{id:>7}  {word:6} {text!r}" for (id, text, _), word in zip(self.cells, said)]
-        return "\n".join([self.title, f"{'id':>7}  {'loss':6} text", *lines])
+        return "\n".join([self.title, f"{'id':>7}  {'loss':6} text", *(
+            f"{id:>7}  {word:6} {text!r}" for (id, text, _), word in zip(self.cells, said))])
 
     __repr__ = __str__
 
@@ -478,6 +475,8 @@ def show_row(
     row: EncodedRow,  # the row to look at
 ) -> RowView:  # coloured in a notebook, aligned columns as plain text
     "Show ids, text and loss mask of a row"
-    texts = token_texts(tokenizer, row.input_ids)
-    cells = [(id, text, label != -100) for id, text, label in zip(row.input_ids, texts, row.labels)]
+    if not isinstance(row, EncodedRow):
+        raise FinetuningError("an encoded row is needed; make one: show_row(tokenizer, encode_record(tokenizer, row))")
+    cells = [(id, text, label != -100) for id, text, label in zip(
+        row.input_ids, token_texts(tokenizer, row.input_ids), row.labels)]
     return RowView(cells, repr(row).strip("<>"), row.weights)

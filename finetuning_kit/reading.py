@@ -15,7 +15,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['READERS', 'POCKET_FILES', 'NICKNAMES', 'ending', 'iter_file', 'data_files', 'iter_folder', 'frame_dicts', 'is_table',
-           'iter_memory', 'place_rows', 'pocket_data', 'hub_name', 'fetch_dataset', 'iter_rows', 'read_rows']
+           'iter_memory', 'load_saved', 'place_rows', 'pocket_data', 'hub_name', 'fetch_dataset', 'iter_rows',
+           'read_rows']
 
 # %% ../nbs/08_reading.ipynb #bed25bd8
 from .decoding import LIMITS, Limits, Origin, display_name, iter_bytes, iter_text
@@ -82,13 +83,16 @@ def iter_folder(
     "Read the rows of all data files in a folder"
     (read, passed), name = data_files(folder), display_name(folder)
     if any(path.endswith(".arrow") for path in passed) and not read:
-        raise DataError("container", "the folder holds Arrow tables; pass `datasets.load_from_disk(FOLDER)`", name)
+        yield from iter_memory(load_saved(folder), ledger, name)
+        return
     if not read:
         raise DataError("no_data_files", f"the folder holds no data files; those end in {', '.join(READERS)}", name)
     for paths, code, what in ((read, "files_read", "read"), (passed, "files_passed_over", "passed over, as no data")):
         if paths:
             listed = ", ".join(map(display_name, paths[:20])) + (f" and {len(paths) - 20} more" if paths[20:] else "")
-            ledger.note(code, f"{len(paths)} files of {name} were {what}: {listed}", kind="normalised")
+            kind = "warning" if any(ending(path) in READERS and paths is passed for path in paths) else "normalised"
+            ledger.note(code, f"{len(paths)} {'file' if len(paths) == 1 else 'files'} of {name} {what}: {listed}",
+                        kind=kind)
     for path in read:
         within = path if Path(folder).is_absolute() else (Path(folder) / path).as_posix()
         yield from iter_file(Path(folder) / path, ledger, limits, display_name(within))
@@ -146,6 +150,20 @@ def iter_memory(
         raise DataError("no_rows", "the dataset has no rows; give at least one")
 
 # %% ../nbs/08_reading.ipynb #6f8caa05
+def load_saved(
+    folder: str | Path,  # a folder that `save_to_disk` of `datasets` wrote
+) -> Iterable[dict]:  # the dataset in it; of several splits "train"
+    "Open a folder of `datasets`"
+    from datasets import load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # noqa: BLE001 (a damaged folder fails in a dozen ways)
+        raise DataError("container", "the folder holds Arrow tables that `datasets` cannot open "
+                        f"({type(error).__name__}); write it again", display_name(folder)) from None
+    return found["train"] if isinstance(found, dict) and "train" in found else found
+
+
 def place_rows(
     source: Iterable,  # rows, dicts, records, a frame or a dataset
     name: str = "row",  # how places call the source

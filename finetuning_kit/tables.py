@@ -43,7 +43,8 @@ def check_header(
                       f"{_DELIMITERS[other]}; {cure}", line)
     for number, name in enumerate(fields, start=1):
         if not name.strip():
-            origin.refuse("header", f"the name of column {number} is empty; the first line must name each column", line)
+            origin.refuse("header", f"the name of column {number} is empty; the first line must name each column "
+                          "(a frame of pandas writes such a column unless it is told `index=False`)", line)
     twice = next((name for name, count in Counter(fields).items() if count > 1), None)
     if twice is not None:
         origin.refuse("header", f"the column name `{twice[:40]}` stands twice; each needs a name of its own", line)
