@@ -15,8 +15,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['READERS', 'POCKET_FILES', 'NICKNAMES', 'ending', 'iter_file', 'data_files', 'iter_folder', 'frame_dicts', 'is_table',
-           'iter_memory', 'load_saved', 'place_rows', 'pocket_data', 'hub_name', 'fetch_dataset', 'iter_rows',
-           'read_rows']
+           'iter_memory', 'load_saved', 'only_rows', 'place_rows', 'pocket_data', 'hub_name', 'fetch_dataset',
+           'iter_rows', 'read_rows']
 
 # %% ../nbs/08_reading.ipynb #bed25bd8
 from .decoding import LIMITS, Limits, Origin, display_name, iter_bytes, iter_text
@@ -164,14 +164,21 @@ def load_saved(
     return found["train"] if isinstance(found, dict) and "train" in found else found
 
 
+def only_rows(
+    source: Iterable,  # what should be rows
+) -> Iterable:  # the same; DataError for text or a path, whose letters would be taken for rows
+    "Refuse a file's name where rows are wanted"
+    if isinstance(source, (str, os.PathLike)):
+        raise DataError("source", f"rows are wanted here, not a name; read them first: read_rows({str(source)!r:.80})")
+    return source
+
+
 def place_rows(
     source: Iterable,  # rows, dicts, records, a frame or a dataset
     name: str = "row",  # how places call the source
 ) -> list[Row]:  # the same rows, each with a place counted from 1
     "Give rows that come from memory a place, all at once"
-    if isinstance(source, (str, os.PathLike)):
-        raise DataError("source", f"rows are wanted here, not a name; read them first: read_rows({str(source)!r:.80})")
-    return list(iter_memory(source, Ledger(), name))
+    return list(iter_memory(only_rows(source), Ledger(), name))
 
 # %% ../nbs/08_reading.ipynb #d6894c7e
 POCKET_FILES = {"train": "instructions_train", "test": "instructions_test", "preferences": "preferences",

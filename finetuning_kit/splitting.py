@@ -25,6 +25,7 @@ __all__ = ['N_CHARACTERS', 'ROW_BITS', 'RANK_BITS', 'N_MOST', 'WINDOW', 'SLACK',
 # %% ../nbs/16_splitting.ipynb #212f964a
 from .ledger import DataError, Ledger
 from .loading import load_records
+from .reading import only_rows
 from .records import Conversation, Document, Feedback, Message, PreferencePair, Row, TrainingSample
 from .settings import FinetuningError, markdown_table
 
@@ -451,14 +452,13 @@ def split_rows(
     ledger: Ledger | None = None,  # takes down what the split did and could not do
 ) -> tuple[list, list]:  # (train, eval), each in the order of `rows`
     "Split rows so that no repeat, near copy or conversation straddles the split, whatever their order"
-    rows = list(rows)
+    rows = list(only_rows(rows))
     plan = plan_split(rows, split_ratio, seed, stratify_by, group_by, near)
-    if ledger is not None:
-        if plan.n_joined:
-            ledger.note("near_duplicates", "groups of rows were joined by near copies; each stays on one side of the "
-                        "split", count=plan.n_joined)
-        if plan.unmet:
-            ledger.note("split_unmet", "; ".join(plan.unmet))
+    if ledger is not None and plan.n_joined:
+        ledger.note("near_duplicates", "groups of rows were joined by near copies; each stays on one side of the split",
+                    count=plan.n_joined)
+    if ledger is not None and plan.unmet:
+        ledger.note("split_unmet", "; ".join(plan.unmet))
     return tuple([row for row, held in zip(rows, plan.held_out) if held is side] for side in (False, True))
 
 # %% ../nbs/16_splitting.ipynb #ea4b1a18
@@ -473,7 +473,7 @@ def split_stream(
     It cannot promise the exact share, nor that near copies stay together; with `group_by` it keeps the groups of that
     column together, and rows that ask the same only within them."""
     check_ratio(split_ratio)
-    for row in rows:
+    for row in only_rows(rows):
         (record,), columns = open_rows([row])
         key = first_question(record)
         if group_by is not None:
