@@ -16,14 +16,14 @@ from weakref import WeakKeyDictionary
 # %% auto #0
 __all__ = ['Marks', 'find_marks', 'encode_texts', 'encode_text', 'make_twin', 'secret_names', 'stretches', 'encode_safely',
            'count_spelled', 'EncodedRow', 'token_html', 'AnswerTokens', 'find_parts', 'Plan', 'own_marks',
-           'encode_at_seams', 'until', 'weighted_row', 'from_letters', 'find_spare', 'label_by_offsets', 'tokens_of',
+           'encode_at_seams', 'weighted_row', 'from_letters', 'find_spare', 'label_by_offsets', 'tokens_of',
            'label_part', 'label_by_marks', 'label_all', 'label', 'token_texts', 'RowView', 'show_row']
 
 # %% ../nbs/24_encoding.ipynb #4904054e
 from .records import Place
 from .settings import FinetuningError
 from .answers import Rendering
-from .templates import Span
+from .templates import Span, until
 
 # %% ../nbs/24_encoding.ipynb #3d94ece9
 _DRESSED = re.compile(r"[<\[{(|｜].*[>\]})|｜]", re.DOTALL)
@@ -49,7 +49,8 @@ def find_marks(
     ids = dict(sorted(found.items(), key=lambda mark: -len(mark[0])))
     starts = {mark[:n] for mark in ids for n in range(1, len(mark))}
     overlap = any(mark[n:] in starts for mark in ids for n in range(1, len(mark)))
-    within = any("\0".join(ids).count(mark) > 1 for mark in ids)
+    everything = "\0".join(ids)
+    within = any(everything.count(mark) > 1 for mark in ids)
     return Marks(ids, re.compile("|".join(map(re.escape, ids)) or "(?!)"), frozenset(ids.values()),
                  not (overlap or within))
 
@@ -97,8 +98,10 @@ def make_twin(
     known = _TWINS.get(tokenizer)
     if known and known[0] == marks.ids:
         return known[1]
-    secret, saved = secret_names(marks), json.loads(tokenizer.backend_tokenizer.to_str())
-    name, model = (lambda piece: secret.get(piece, piece)), saved["model"]
+    secret = secret_names(marks)
+    name = lambda piece: secret.get(piece, piece)
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = saved["model"]
     saved["added_tokens"] = [{**token, "content": name(token["content"])} for token in saved["added_tokens"]]
     pieces = model["vocab"]
     model["vocab"] = ({name(piece): id for piece, id in pieces.items()} if isinstance(pieces, dict) else
@@ -286,14 +289,6 @@ def encode_at_seams(
         offsets += [(first + start, last + start) for first, last in where]
     return (ids, offsets) if tokenizer.decode(ids) == tokenizer.decode(usual[0]) else usual
 
-# %% ../nbs/24_encoding.ipynb #ef50eb77
-def until(
-    spans: list[Span],  # stretches of a text
-    end: int,  # where the text is cut
-) -> list[Span]:  # what of them stands before the cut
-    "Cut stretches to a text's beginning"
-    return [span._replace(end=min(span.end, end)) for span in spans if span.start < end]
-
 # %% ../nbs/24_encoding.ipynb #13716c21
 def weighted_row(
     ids: list[int],  # the tokens
@@ -397,7 +392,8 @@ def label_by_marks(
     ends, rows = list({part.tail for plan in plans for part in plan.parts or ()}), []
     tails = dict(zip(ends, encode(ends)))
     for plan, ids in zip(plans, encode([plan.text for plan in plans])):
-        found, fits = [n for n, id in enumerate(ids) if id in marks.known], len(ids) <= (limit or len(ids))
+        found = [n for n, id in enumerate(ids) if id in marks.known]
+        fits = limit is None or len(ids) <= limit
         is_sure = marks.apart and fits and plan.parts is not None and plan.own == [ids[n] for n in found]
         rows.append(label_part(ids, found, plan.parts, tails) if is_sure else None)
     return rows
@@ -458,8 +454,8 @@ class RowView:
     def __str__(self):
         said = ["learn" if learn else "" for _, _, learn in self.cells]
         said = [f"x {weight:g}" if word else "" for word, weight in zip(said, self.weights)] if self.weights else said
-        return "\n".join([self.title, f"{'id':>7}  {'loss':6} text", *(
-            f"{id:>7}  {word:6} {text!r}" for (id, text, _), word in zip(self.cells, said))])
+        lines = [f"{id:>7}  {word:6} {text!r}" for (id, text, _), word in zip(self.cells, said)]
+        return "\n".join([self.title, f"{'id':>7}  {'loss':6} text", *lines])
 
     __repr__ = __str__
 
@@ -477,6 +473,6 @@ def show_row(
     "Show ids, text and loss mask of a row"
     if not isinstance(row, EncodedRow):
         raise FinetuningError("an encoded row is needed; make one: show_row(tokenizer, encode_record(tokenizer, row))")
-    cells = [(id, text, label != -100) for id, text, label in zip(
-        row.input_ids, token_texts(tokenizer, row.input_ids), row.labels)]
+    texts = token_texts(tokenizer, row.input_ids)
+    cells = [(id, text, label != -100) for id, text, label in zip(row.input_ids, texts, row.labels)]
     return RowView(cells, repr(row).strip("<>"), row.weights)

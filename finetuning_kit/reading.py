@@ -152,16 +152,15 @@ def iter_memory(
 # %% ../nbs/08_reading.ipynb #6f8caa05
 def load_saved(
     folder: str | Path,  # a folder that `save_to_disk` of `datasets` wrote
-) -> Iterable[dict]:  # the dataset in it; of several splits "train"
+) -> Iterable[dict] | dict:  # the dataset in it, or its splits by name
     "Open a folder of `datasets`"
     from datasets import load_from_disk
 
     try:
-        found = load_from_disk(str(folder))
+        return load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 (a damaged folder fails in a dozen ways)
         raise DataError("container", "the folder holds Arrow tables that `datasets` cannot open "
                         f"({type(error).__name__}); write it again", display_name(folder)) from None
-    return found["train"] if isinstance(found, dict) and "train" in found else found
 
 
 def only_rows(

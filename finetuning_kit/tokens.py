@@ -20,7 +20,7 @@ __all__ = ['format_answer', 'render_record', 'uses_template', 'start_ids', 'begi
            'cache_key', 'save_rows', 'load_rows', 'encode_cached', 'encode_records', 'to_dataset']
 
 # %% ../nbs/28_tokens.ipynb #713a83f0
-from .encoding import EncodedRow, encode_safely, find_marks, label_all, until
+from .encoding import EncodedRow, encode_safely, find_marks, label_all
 from .formatting import DatasetFormatter, to_messages, to_sample, tools_of
 from .ledger import Ledger
 from .outlines import encode_by_outlines
@@ -30,7 +30,7 @@ from .models import control_tokens, end_of_turn_id
 from .records import Conversation, Document, Feedback, Place, PreferencePair, Record, Row, TrainingSample
 from .settings import FinetuningError
 from .answers import Rendering, add_end, find_answers
-from .templates import Span, find_contents
+from .templates import Span, find_contents, until
 
 # %% ../nbs/28_tokens.ipynb #817554e8
 def format_answer(
