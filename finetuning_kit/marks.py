@@ -67,10 +67,10 @@ def said_in(
     if isinstance(record, Conversation):
         return turns_said(record.messages)
     bad = isinstance(record, Feedback) and not record.label
-    parts = {"prompt": "assistant", "completion": "worse" if bad else "assistant"} if isinstance(record, Feedback) else {
-        "prompt": "assistant", "chosen": "assistant", "rejected": "worse"}
+    parts = {"completion": "worse" if bad else "assistant"} if isinstance(record, Feedback) else {
+        "chosen": "assistant", "rejected": "worse"}
     said = []
-    for name, answer in parts.items():
+    for name, answer in {"prompt": "assistant", **parts}.items():
         value = getattr(record, name)
         said += [Said(name, "user" if name == "prompt" else answer, value)] if isinstance(value, str) else turns_said(
             value, f"{name} ", answer)
@@ -137,7 +137,8 @@ def visible(
 ) -> str:  # one line without control codes
     "Write line ends as ⏎, and every character that does not show by its code"
     shown = {"\n": "⏎", "\t": "⇥", " ": " "}
-    return "".join(shown.get(letter) or (letter if letter.isprintable() else f"<U+{ord(letter):04X}>") for letter in text)
+    return "".join(shown.get(letter) or (letter if letter.isprintable() else f"<U+{ord(letter):04X}>")
+                   for letter in text)
 
 
 def letter_name(
@@ -156,8 +157,9 @@ def excerpt(
     "Cut out a mark and its neighbourhood"
     before, behind = text[max(0, mark.start - margin):mark.start], text[mark.end:mark.end + margin]
     marked = text[mark.start:mark.end]
-    inside = f"{visible(marked[:4])}…" if hide else visible(marked if len(marked) <= 80 else f"{marked[:60]} … {marked[-16:]}")
-    return ("…" * (mark.start > margin) + visible(before), inside, visible(behind) + "…" * (len(text) > mark.end + margin))
+    shown = f"{marked[:4]}…" if hide else marked if len(marked) <= 80 else f"{marked[:60]} … {marked[-16:]}"
+    more = len(text) > mark.end + margin
+    return "…" * (mark.start > margin) + visible(before), visible(shown), visible(behind) + "…" * more
 
 # %% ../nbs/18_marks.ipynb #31fc47a6
 def mark_text(
