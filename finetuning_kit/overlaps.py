@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['NEAR_COPY', 'LONG_TEXT', 'N_GRAM', 'fingerprint', 'record_key', 'find_copies', 'whole_text', 'find_near_copies',
-           'claim_of', 'find_contradictions', 'question_keys', 'find_leaks', 'find_near_leaks', 'GramHasher',
-           'Contamination', 'find_contamination']
+__all__ = ['NEAR_COPY', 'LONG_TEXT', 'N_GRAM', 'fingerprint', 'record_key', 'find_copies', 'whole_text', 'near_links',
+           'find_near_copies', 'claim_of', 'find_contradictions', 'question_keys', 'find_leaks', 'find_near_leaks',
+           'GramHasher', 'Contamination', 'find_contamination']
 
 # %% ../nbs/20_overlaps.ipynb #456f347d
 from .marks import AnyRecord, said_in
@@ -59,6 +59,7 @@ def find_copies(
 
 # %% ../nbs/20_overlaps.ipynb #cc21b055
 NEAR_COPY = 0.8  # share of pieces from which two rows are near copies
+LONG_TEXT = 150  # characters; shorter texts that differ in more than case and blanks are two questions of one pattern
 
 
 def whole_text(
@@ -72,13 +73,22 @@ def whole_text(
     return text
 
 
+def near_links(
+    texts: list[str],  # one text a row
+    threshold: float = NEAR_COPY,  # share of pieces from which rows are near copies
+) -> list[tuple[int, int]]:  # positions of two rows, the earlier one first
+    "Link long texts that are nearly the same, and short ones that are the same but for case and blanks"
+    return [(one, other) for one, other, share in find_near_duplicates(texts, threshold)
+            if share == 1 or max(len(texts[one]), len(texts[other])) >= LONG_TEXT]
+
+
 def find_near_copies(
     texts: list[str],  # one text a row
     threshold: float = NEAR_COPY,  # share of pieces from which rows are near copies
 ) -> dict[int, int]:  # position of a near copy -> an earlier row that stays
     "Find the rows that are nearly the same as an earlier one that is none itself"
     earlier, copies = defaultdict(list), {}
-    for one, other, _ in find_near_duplicates(texts, threshold):
+    for one, other in near_links(texts, threshold):
         earlier[other].append(one)
     for other in sorted(earlier):
         kept = next((one for one in earlier[other] if one not in copies), None)
@@ -149,9 +159,6 @@ def find_leaks(
     return found
 
 # %% ../nbs/20_overlaps.ipynb #95ff2af8
-LONG_TEXT = 200  # characters from which a near copy cannot be two questions of one pattern
-
-
 def find_near_leaks(
     texts: list[str],  # rows to train on, as `whole_text` gives them
     held_out: list[str],  # rows kept for evaluation, alike
@@ -161,9 +168,8 @@ def find_near_leaks(
     known = {}
     for n, text in enumerate(held_out):
         known.setdefault(normal_text(text), n)
-    links = find_near_duplicates([*known, *texts], threshold)
     at, found = list(known.values()), {}
-    for one, other, _ in links:
+    for one, other in near_links([*known, *texts], threshold):
         if one < len(at) <= other:
             found.setdefault(other - len(at), at[one])
     again = {normal_text(texts[n]): held for n, held in found.items()}
