@@ -6,7 +6,7 @@
 __all__ = ['SWITCHES', 'PRECISIONS', 'MARKED', 'SECONDS_A_LINE', 'COMMANDS', 'setting_flags', 'add_flags', 'changes_of',
            'starting_point', 'Screen', 'row_lines', 'LoopScreen', 'RunScreen', 'one_line', 'score_table', 'show_result',
            'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'run_train', 'add_convert',
-           'run_convert', 'main']
+           'run_convert', 'add_validate', 'run_validate', 'main']
 
 # %% ../nbs/42_cli.ipynb #a632d2ef
 import argparse
@@ -122,6 +122,15 @@ class Screen:
         if show is not None:
             show(event)
 
+    def show_report(
+        self,
+        report,  # a `Report`
+    ) -> None:  # it is on the screen
+        "Show what the check of rows found"
+        self.line("check", f"{report.headline}\nlooked for {', '.join(report.issues).replace('_', ' ')}")
+        for finding in report.findings:
+            self.line(finding.severity, f"{finding.count} × {finding.message} ({finding.where()}); {finding.fix}")
+
     def line(
         self,
         title: str,  # a word for the left column
@@ -211,9 +220,7 @@ class RunScreen(LoopScreen):
         counts = f"{len(data.train_rows)} to train on, {len(data.eval_rows)} held out"
         self.line("model", f"{config.model_name}; {event['machine']}")
         self.line("rows", f"{counts} ({data.fingerprint['source']}: {data.row_format} rows)")
-        self.line("check", f"{data.report.headline}\nlooked for {', '.join(data.report.issues).replace('_', ' ')}")
-        for finding in data.report.findings:
-            self.line(finding.severity, f"{finding.count} × {finding.message} ({finding.where()}); {finding.fix}")
+        self.show_report(data.report)
         self.line("account", f"{balance_line(data.ledger)}\n{balance_line(data.ledger, 'tokens')}")
         for note in event["notes"]:
             self.line("note", note)
@@ -395,10 +402,43 @@ def run_convert(
         screen.line(title, text)
     return 0
 
+# %% ../nbs/42_cli.ipynb #f0f55a87
+def add_validate(
+    parser: argparse.ArgumentParser,  # of the command
+) -> None:  # the parser is changed
+    "Add the flags of `validate`"
+    from finetuning_kit.validation import MIN_WORDS
+
+    parser.add_argument("--dataset", metavar="X", required=True, help="rows: a file, a folder, a Hub name, pocket")
+    parser.add_argument("--eval-dataset", metavar="X", help="rows kept for evaluation: is any of them given away?")
+    parser.add_argument("--task", choices=tuple(MIN_WORDS), default="instruct",
+                        help="what the answers are for; decides how short they may be (default instruct)")
+    parser.add_argument("--mapping", metavar="X", help="how the columns are read (default: it is found out)")
+    parser.add_argument("--allow-mixture", action="store_true", help="accept rows of several shapes in one file")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, with every place")
+
+
+def run_validate(
+    options: dict,  # what the command line gave
+) -> int:  # 0: nothing to look at; 1: warnings; 2: rows that training refuses
+    "Say what is wrong with a data set"
+    import json
+
+    from finetuning_kit.validation import validate_dataset
+
+    report = validate_dataset(*(options[name] for name in ("dataset", "eval_dataset", "task", "mapping",
+                                                           "allow_mixture")))
+    if options["json"]:
+        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        Screen().show_report(report)
+    return report.exit_code
+
 # %% ../nbs/42_cli.ipynb #cc3bdf94
 COMMANDS = {  # name -> help, flags, run
     "demo": ("teach the pocket model to answer questions (about a minute)", add_demo, run_demo),
     "train": ("fine-tune a model on your own rows", add_train, run_train),
+    "validate": ("say what is wrong with a data set, where, and what to do", add_validate, run_validate),
     "convert": ("write a data set in another shape, or say what is wrong with it", add_convert, run_convert),
 }
 

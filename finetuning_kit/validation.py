@@ -170,6 +170,10 @@ class Finding:
         more = len(self.places) - n
         return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
+    def __str__(self) -> str:
+        return (f"{self.severity:7} {self.count:5} x {self.code}: {self.message}\n{'':16}{self.where()}\n"
+                f"{'':13}-> {self.fix}")
+
 # %% ../nbs/21_validation.ipynb #136d153c
 @dataclass(frozen=True)
 class Report:
@@ -190,6 +194,11 @@ class Report:
         return self.valid_examples == self.total_examples
 
     @property
+    def exit_code(self) -> int:
+        "What a command ends with: 0 nothing to look at, 1 warnings, 2 rows that training refuses"
+        return 2 if not self.ok else 1 if self.findings else 0
+
+    @property
     def headline(self) -> str:
         "The report in one sentence"
         n_unfit, n_warnings = self.total_examples - self.valid_examples, len(self.findings)
@@ -208,8 +217,7 @@ class Report:
                 "issues": self.issues, "findings": [asdict(finding) for finding in self.findings]}
 
     def __str__(self) -> str:
-        return "\n".join([self.headline, *(f"{f.severity:7} {f.count:5} x {f.code}: {f.message}\n{'':16}{f.where()}\n"
-                                           f"{'':13}-> {f.fix}" for f in self.findings)])
+        return "\n".join([self.headline, *map(str, self.findings)])
 
     def _repr_markdown_(self) -> str:
         rows = [(f.severity, f.count, f"`{f.code}`", f.message, f.where(), f.fix) for f in self.findings]

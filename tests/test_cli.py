@@ -121,3 +121,27 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path, typed, rows):
     code, _, err = typed(*words, "--resume", "auto")
     assert code == 0, err
     assert json.loads((tmp_path / "runs/instruct_rows/run.json").read_text())["status"] == "finished"
+
+
+# What is wrong with a file, by words and by the exit code.
+
+def test_validate_ends_with_0_1_or_2(typed, tmp_path):
+    sound = [{"prompt": f"What is {k} + 1?", "completion": str(k + 1)} for k in range(3)]
+    for name, rows, code in (("sound", sound, 0), ("twice", sound + sound[:1], 1),
+                             ("empty", [*sound, {"prompt": "And?", "completion": " "}], 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert typed("validate", "--dataset", f"{name}.jsonl")[0] == code
+    code, out, err = typed("validate", "--dataset", "empty.jsonl")
+    assert "error     1 × an answer is empty or blank (empty.jsonl:4)" in " ".join(out.split("\n"))
+    code, out, err = typed("validate", "--dataset", "twice.jsonl", "--json")
+    report = json.loads(out)
+    assert (code, err, report["issues"]["duplicates"]) == (1, "", 1)
+    assert [finding["places"] for finding in report["findings"]] == [["twice.jsonl:4"]]
+    code, out, err = typed("validate", "--dataset", "twice.jsonl", "--eval-dataset", "sound.jsonl")
+    assert code == 2 and "4 × the question stands in the evaluation set too" in out
+
+
+def test_validate_refuses_a_file_that_cannot_be_read(typed, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    code, out, err = typed("validate", "--dataset", "rows.jsonl")
+    assert (code, out) == (2, "") and "rows.jsonl:2" in err
