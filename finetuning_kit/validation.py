@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 # %% auto #0
 __all__ = ['MIN_WORDS', 'CHECKS', 'TEXT_CHECKS', 'is_unanswered', 'is_unasked', 'is_too_short', 'find_in_texts', 'find_across',
-           'find_faults', 'Finding', 'Report', 'unused_columns', 'build_report', 'validate_dataset']
+           'find_faults', 'Finding', 'headline_of', 'Report', 'unused_columns', 'build_report', 'validate_dataset']
 
 # %% ../nbs/21_validation.ipynb #4583ca3e
 from .ledger import Ledger
@@ -174,6 +174,18 @@ class Finding:
         return (f"{self.severity:7} {self.count:5} x {self.code}: {self.message}\n{'':16}{self.where()}\n"
                 f"{'':13}-> {self.fix}")
 
+# %% ../nbs/21_validation.ipynb #fde90860
+def headline_of(
+    n_rows: int,  # rows in all
+    n_unfit: int,  # rows with an error
+    n_warnings: int,  # checks that ask for a look
+) -> str:  # one sentence
+    "Say whether data can be used, before anything else is said"
+    verdict = f"{n_unfit} unfit to train on" if n_unfit else "all fit to train on"
+    some = f"{n_warnings} kind{'s' * (n_warnings > 1)} of warning"
+    looks = some if n_warnings else "nothing else" if n_unfit else "nothing"
+    return f"{n_rows} rows, {verdict}; {looks} to look at"
+
 # %% ../nbs/21_validation.ipynb #136d153c
 @dataclass(frozen=True)
 class Report:
@@ -182,6 +194,7 @@ class Report:
     valid_examples: int  # rows without an error; a row with two faults counts once
     findings: list[Finding] = field(default_factory=list)  # errors first
     unfit: dict[int, str] = field(default_factory=dict)  # position of each row with an error -> its first code
+    faults: dict[str, list[int]] = field(default_factory=dict)  # code -> positions of the rows with that fault
 
     @property
     def issues(self) -> dict[str, int]:
@@ -201,12 +214,8 @@ class Report:
     @property
     def headline(self) -> str:
         "The report in one sentence"
-        n_unfit, n_warnings = self.total_examples - self.valid_examples, len(self.findings)
-        n_warnings -= sum(finding.severity == "error" for finding in self.findings)
-        verdict = "all fit to train on" if self.ok else f"{n_unfit} unfit to train on"
-        looks = {0: "nothing else to look at" if n_unfit else "nothing to look at", 1: "1 kind of warning to look at"}
-        return (f"{self.total_examples} rows, {verdict}; "
-                + looks.get(n_warnings, f"{n_warnings} kinds of warning to look at"))
+        n_warnings = sum(finding.severity == "warning" for finding in self.findings)
+        return headline_of(self.total_examples, self.total_examples - self.valid_examples, n_warnings)
 
     def __getitem__(self, name):
         return self.to_dict()[name]
@@ -250,7 +259,7 @@ def build_report(
                 for code, (severity, message, fix) in CHECKS.items() if faults.get(code)]
     errors = [code for code, (severity, *_) in CHECKS.items() if severity == "error"]
     unfit = {n: code for code in reversed(errors) for n in faults.get(code, ())}
-    return Report(len(places), len(places) - len(unfit), findings, unfit)
+    return Report(len(places), len(places) - len(unfit), findings, unfit, faults)
 
 # %% ../nbs/21_validation.ipynb #7f34778d
 def validate_dataset(
