@@ -156,6 +156,8 @@ class RunSettings(Settings):
     stratify_by: str | None = knob(None, "column whose values are held out in equal shares", fold=True)
     group_by: str | None = knob(None, "column whose equal values stay on one side of the split", fold=True)
     on_bad: Literal["stop", "skip"] = knob("stop", "what happens when rows have an error", fold=True)
+    allow_faults: str | None = knob(None, "errors for which rows are trained on all the same, such as "
+                                    '"leakage, near_leakage"; the run keeps a record of it', fold=True)
     load_in_4bit: bool = knob(True, "keep the frozen weights in 4 bits (QLoRA)")
     device_map: str = knob("auto", "where the model lives: auto, cpu, cuda:0", min_length=1, fold=True)
     output_dir: str = knob("./output", "folder that receives the run's own folder", min_length=1, fold=True)

@@ -26,7 +26,7 @@ __all__ = ['LIMITS', 'FOREIGN_BYTES', 'PIECE', 'find_place', 'Limits', 'Origin',
            'reject_long', 'iter_lines', 'Window']
 
 # %% ../nbs/05_decoding.ipynb #0f3b418b
-from .ledger import DataError, Ledger
+from .ledger import N_KEPT, DataError, Ledger
 from .records import Place
 
 # %% ../nbs/05_decoding.ipynb #9a7b3727
@@ -79,6 +79,16 @@ class Origin:
     def note(self, code: str, message: str, line: int | None = None, kind: str = "normalised"):
         "Take down what stops nothing: a `code`, a `message`, its `line`, its `kind` as the ledger knows it"
         self.ledger.note(code, message, Place(self.name, line) if line else None, kind)
+
+    def pass_over(self, lines: list[str], first: int) -> bool:
+        "Note `lines`, of which the `first` has that number, as blank if all of them are; say whether they were"
+        if lines[0].strip() or "".join(lines).strip(" \t\r"):
+            return False
+        n_named = min(len(lines), N_KEPT)
+        for number in range(first, first + n_named):
+            self.note("blank_lines", "blank lines were passed over", number)
+        self.ledger.note("blank_lines", "", None, "normalised", len(lines) - n_named)
+        return True
 
 # %% ../nbs/05_decoding.ipynb #2b1115b3
 _ICONV = "convert it: `iconv -f {} -t UTF-8 FILE > utf8-FILE`"

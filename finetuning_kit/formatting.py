@@ -169,14 +169,14 @@ def read_parts(
 ) -> list[dict]:  # text, and weight if it has one, of each piece
     "Read a content that comes in pieces"
     texts = []
-    for part in parts:
+    for part in parts if isinstance(parts, (list, tuple)) else [parts]:
         if not isinstance(part, dict):
             raise RowError("wrong_type", f"a part of `content` must be an object with `text`, got {kind_of(part)}")
-        kind = part.get("type") or "text"
+        kind = str(part.get("type") or "text")
         text = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
         if kind in ("tool_call", "tool_calls"):
             fields["tool_calls"] = [*fields.get("tool_calls", []), *read_calls(text)]
-        elif kind in ("reasoning", "thinking") and isinstance(text, str):
+        elif kind in ("reasoning", "thinking") and {type(text), type(fields.get("thinking", ""))} == {str}:
             fields["thinking"] = fields.get("thinking", "") + text
         elif kind in ("text", "input_text", "output_text") and isinstance(text, str):
             weight = part.get("weight", part.get("loss_weight"))
@@ -205,11 +205,12 @@ def read_turn(
         content, fields["parts"] = None, read_parts(content, fields)
         if notes is not None:
             notes["content_parts", "parts of a content joined"] += 1
+    elif "parts" in fields:
+        fields["parts"] = read_parts(fields["parts"], fields)
     if "parts" in fields and not any("weight" in part for part in fields["parts"]):
         content = "".join(part["text"] for part in fields.pop("parts"))
     elif not isinstance(content, str) and (content is not None or not fields.keys() & {"tool_calls", "parts"}):
-        raise RowError("null_value" if content is None else "wrong_type",
-                       f"`content` must be text, got {kind_of(content)}")
+        raise RowError(("wrong_type", "null_value")[content is None], f"`content` must be text, got {kind_of(content)}")
     return Message(role, **fields) if content is None and "parts" in fields else Message(role, content or "", **fields)
 
 # %% ../nbs/09_formatting.ipynb #7e221849
@@ -307,9 +308,8 @@ def to_sample(
     if isinstance(record, dict) and not {"messages", "conversations"} & set(record):
         names = ("instruction", "input", "output", "system")
         given = {name: record[name] for name in names if record.get(name) is not None}
-        for name in ("instruction", "output"):
-            if name not in given:
-                raise FinetuningError(f"`{name}` is missing; the sample has {', '.join(f'`{key}`' for key in record)}")
+        for name in (name for name in ("instruction", "output") if name not in given):
+            raise FinetuningError(f"`{name}` is missing; the sample has {', '.join(f'`{key}`' for key in record)}")
         return TrainingSample(**given)
     messages = to_messages(record)
     roles = [message["role"] for message in messages]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['N_LOOKED', 'BUILDERS', 'NOTICES', 'check_value', 'check_names', 'same', 'check_shape', 'build_sample',
-           'build_document', 'build_conversation', 'as_turns', 'build_feedback', 'join_prompt', 'find_prompt',
-           'split_shared', 'build_pair', 'plan_columns', 'pick_fields', 'RowReader', 'to_record', 'tell_ledger',
-           'read_all', 'settle_row', 'iter_records', 'load_records', 'write_whole']
+           'build_document', 'build_conversation', 'as_turns', 'drop_repeats', 'build_feedback', 'join_prompt',
+           'find_prompt', 'split_shared', 'build_pair', 'plan_columns', 'pick_fields', 'RowReader', 'to_record',
+           'tell_ledger', 'read_all', 'settle_row', 'iter_records', 'load_records', 'write_whole']
 
 # %% ../nbs/12_loading.ipynb #9a2d73f0
 from .formatting import (
@@ -25,7 +25,7 @@ from .ledger import DataError, Ledger
 from .mappings import read_mapping
 from .reading import iter_rows
 from .records import (
-    Conversation, Document, Feedback, Message, Place, PreferencePair, Record, Row, TrainingSample)
+    Conversation, Document, Feedback, Message, Place, PreferencePair, Record, Row, TrainingSample, stray_result)
 from .settings import FinetuningError
 from .strict_json import kind_of
 from .shapes import FORMATS, Mapping, detect_shape, fitting, kinds_of, listed, rival_of
@@ -130,7 +130,11 @@ def build_conversation(
         prompt = [turn if turn.role != "assistant" or turn.weight is not None else replace(turn, weight=0.0)
                   for turn in as_turns(fields["prompt"], "user", style, notes)]
         fields["messages"] = prompt + as_turns(fields["completion"], "assistant", style, notes)
-    return read_conversation(fields["messages"], fields.get("system"), fields.get("tools"), style, notes)
+    talk = read_conversation(fields["messages"], fields.get("system"), fields.get("tools"), style, notes)
+    roles = [turn.role for turn in talk.messages]
+    if "tool" in roles and (number := stray_result(talk.messages)):
+        raise RowError("stray_result", f"turn {number}: a tool's result without its call; add it, or drop the row")
+    return drop_repeats(talk, notes) if roles.count("system") > 1 else talk
 
 
 def as_turns(
@@ -141,6 +145,21 @@ def as_turns(
 ) -> list[Message]:  # turns
     "Read a text as one turn, and turns as they are"
     return [Message(role, value)] if isinstance(value, str) else read_turns(value, style, notes)
+
+# %% ../nbs/12_loading.ipynb #d8093c37
+def drop_repeats(
+    talk: Conversation,  # turns, several of them system texts
+    notes: Counter,  # counts what was read as something else
+) -> Conversation:  # each system text once
+    "Leave out a system text that stood there before"
+    first = {}  # system text -> its number
+    for n, turn in enumerate(talk.messages):
+        if turn.role == "system":
+            first.setdefault(turn.content, n)
+    kept = [turn for n, turn in enumerate(talk.messages) if turn.role != "system" or first[turn.content] == n]
+    if len(kept) < len(talk.messages):
+        notes["system_repeated", "each system text is kept once"] += 1
+    return replace(talk, messages=kept)
 
 # %% ../nbs/12_loading.ipynb #7f82aacd
 def build_feedback(
@@ -333,6 +352,7 @@ NOTICES = {  # code -> its kind, and what it says before the particulars
     "shape": ("normalised", "rows read as records"), "role_names": ("normalised", "roles read under other names"),
     "content_parts": ("normalised", "contents that came in parts"), "segments": ("warning", "template-free rows"),
     "prompt_repeated": ("normalised", "pairs that repeat their prompt"),
+    "system_repeated": ("normalised", "system texts that stand there twice"),
     "unknown_column": ("warning", "columns that appear late, and that no record takes")}
 
 

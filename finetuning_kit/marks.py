@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 # %% auto #0
 __all__ = ['AnyRecord', 'N_ROUNDS', 'Said', 'turns_said', 'leaves', 'said_in', 'answers_of', 'Mark', 'settle_marks', 'mend',
-           'mend_fully', 'visible', 'letter_name', 'excerpt', 'mark_text', 'mark_html', 'replace_leaves']
+           'mend_fully', 'visible', 'letter_name', 'excerpt', 'blot_out', 'mark_text', 'mark_html', 'replace_leaves']
 
 # %% ../nbs/18_marks.ipynb #ea729bb7
 from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
@@ -152,35 +152,45 @@ def excerpt(
     text: str,  # any text
     mark: Mark,  # a stretch of it
     margin: int = 24,  # characters shown on either side
-    hide: bool = False,  # True: show no more than the first four characters of what is marked
 ) -> tuple[str, str, str]:  # what stands before, what is marked, what stands behind; each on one line
     "Cut out a mark and its neighbourhood"
     before, behind = text[max(0, mark.start - margin):mark.start], text[mark.end:mark.end + margin]
     marked = text[mark.start:mark.end]
-    shown = f"{marked[:4]}…" if hide else marked if len(marked) <= 80 else f"{marked[:60]} … {marked[-16:]}"
+    shown = marked if len(marked) <= 80 else f"{marked[:60]} … {marked[-16:]}"
     more = len(text) > mark.end + margin
     return "…" * (mark.start > margin) + visible(before), visible(shown), visible(behind) + "…" * more
 
 # %% ../nbs/18_marks.ipynb #31fc47a6
+def blot_out(
+    text: str,  # any text
+    marks: Iterable[Mark],  # what must not be seen
+) -> str:  # as long as before; of everything marked the first four characters are left
+    "Cover what is marked, so that the rest can be shown"
+    return mend(text, [Mark(mark.start + 4, mark.end, mark.what, "•" * (mark.end - mark.start - 4))
+                       for mark in settle_marks(marks) if mark.end - mark.start > 4])
+
+
 def mark_text(
     text: str,  # any text
     marks: Iterable[Mark],  # marks in it
-    hide: bool = False,  # True: what is marked is a secret
+    hide: bool = False,  # True: what is marked is a secret, of which four characters are shown
 ) -> str:  # a line for each mark
     "Show marks in a terminal"
-    return "\n".join(f"{before}⟦{inside}⟧{behind}  ({mark.what})" for mark in settle_marks(marks)
-                     for before, inside, behind in [excerpt(text, mark, hide=hide)])
+    marks = settle_marks(marks)
+    text = blot_out(text, marks) if hide else text
+    return "\n".join("{}⟦{}⟧{}".format(*excerpt(text, mark)) + f"  ({mark.what})" for mark in marks)
 
 
 def mark_html(
     text: str,  # any text
     marks: Iterable[Mark],  # marks in it
-    hide: bool = False,  # True: what is marked is a secret
+    hide: bool = False,  # True: what is marked is a secret, of which four characters are shown
 ) -> str:  # lines of HTML; everything in them is escaped
     "Show marks in a notebook"
-    lines = []
-    for mark in settle_marks(marks):
-        before, inside, behind = map(html.escape, excerpt(text, mark, hide=hide))
+    marks, lines = settle_marks(marks), []
+    text = blot_out(text, marks) if hide else text
+    for mark in marks:
+        before, inside, behind = map(html.escape, excerpt(text, mark))
         lines.append(f'{before}<mark title="{html.escape(mark.what)}">{inside}</mark>{behind} '
                      f"<small>{html.escape(mark.what)}</small>")
     return "<br>".join(lines)

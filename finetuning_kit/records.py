@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'ROLES', 'ROLE_ALIASES', 'check_text', 'Record', 'plain', 'TrainingSample', 'canonical_role',
            'check_weight', 'Part', 'ToolCall', 'Message', 'check_message', 'as_messages', 'check_tools', 'Conversation',
-           'settle_turns', 'PreferencePair', 'Feedback', 'Document', 'Place', 'Row']
+           'stray_result', 'settle_turns', 'PreferencePair', 'Feedback', 'Document', 'Place', 'Row']
 
 # %% ../nbs/03_records.ipynb #fddf31ba
 import re
@@ -213,6 +213,21 @@ class Conversation(Record):
     def __post_init__(self):
         object.__setattr__(self, "messages", as_messages(self.messages))
         check_tools(self)
+
+# %% ../nbs/03_records.ipynb #719da598
+_IN_WORDS = re.compile(r"[{(<\[`]")  # what a call has that is written in words
+
+
+def stray_result(
+    turns: list[Message],  # turns of a conversation
+) -> int | None:  # number of the first tool's result without its call, counted from 1; None: there is none
+    "Find a tool's result that nobody asked for"
+    may_call, ids = False, set()
+    for number, turn in enumerate(turns, start=1):
+        ids |= {call.id for call in turn.tool_calls}
+        may_call = may_call or bool(ids) or turn.role == "assistant" and bool(_IN_WORDS.search(turn.content))
+        if turn.role == "tool" and not may_call or turn.tool_call_id and ids and not ids & {None, turn.tool_call_id}:
+            return number
 
 # %% ../nbs/03_records.ipynb #38af5353
 def settle_turns(

@@ -63,7 +63,7 @@ class StrictDecoder(json.JSONDecoder):
 
     def _decimal(self, digits):
         value = strict_number(digits)
-        if len(digits) > 17 and Decimal(digits) != Decimal(repr(value)):
+        if value and len(digits) > 17 and Decimal(digits) != Decimal(repr(value)):
             self.n_long, self.n_rounded = self.n_long + 1, self.n_rounded + 1
         return value
 
@@ -291,6 +291,8 @@ def iter_json_lines(
     for first, lines in batches:
         if lines[0].endswith("\r"):
             lines = [line.removesuffix("\r") for line in lines]
+        if origin.pass_over(lines, first):
+            continue
         for number, line in enumerate(lines, first):
             try:
                 data, end = scan(line, 0)
@@ -298,7 +300,8 @@ def iter_json_lines(
                 end = -1
             if (end != len(line) or type(data) is not dict or decoder.n_long
                     or line.count("{") + line.count("[") > nesting or "\\u" in line and _RISKY.search(line)):
-                later = itertools.chain(lines[number - first + 1:], (line for _, more in batches for line in more))
+                later = itertools.chain(itertools.islice(lines, number - first + 1, None),
+                                        (line for _, more in batches for line in more))
                 data = settle_line(line, number, decoder, origin, later)
                 if data is None:
                     continue
@@ -329,13 +332,12 @@ def refuse_line(
     number: int,  # its number
     fault: Fault,  # what is wrong with it
     origin: Origin,  # the file
-    later: Iterable[str],  # the lines behind it
+    later: Iterator[str],  # the lines behind it
 ) -> None:  # never returns
     "Refuse a line, in the light of what follows it"
     offset, code, problem, _ = fault
     if "\r" in line.rstrip("\r"):
         refuse_bare_returns(origin, number, len(line.encode("utf-8")))
-    later = iter(later)
     if code == "unclosed" and not any(map(str.strip, following := list(itertools.islice(later, 1000)))) and not any(
             map(str.strip, later)):
         code, problem = CUT_SHORT
@@ -465,10 +467,10 @@ def iter_json(
     origin: Origin,  # the file
 ) -> Iterator[Row]:  # its rows
     "Read JSON of either layout; the first character tells which, not the file's name"
-    texts, head = iter(texts), ""
-    while not head.strip() and (text := next(texts, "")):
-        head += text
-    texts, is_array = itertools.chain([head], texts), head.lstrip().startswith("[")
+    texts, held = iter(texts), [""]
+    while not held[-1].strip() and len(held) < 100 and (text := next(texts, "")):  # an array begins soon, or never
+        held.append(text)
+    texts, is_array = itertools.chain(held, texts), held[-1].lstrip().startswith("[")
     if is_array and origin.name.lower().removesuffix(".gz").endswith(("l", ".ndjson")):
         origin.note("json_array", "one JSON array was read as rows", 1)
         origin.note("name_differs", "the name says JSON Lines, and the file holds one array; name it .json", 1,

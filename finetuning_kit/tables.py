@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['N_BATCH', 'check_header', 'field_starts', 'find_quote_fault', 'RowLines', 'iter_fields', 'iter_table',
-           'reject_fields', 'iter_documents', 'iter_parquet']
+__all__ = ['N_BATCH', 'check_header', 'quote_end', 'field_starts', 'find_quote_fault', 'RowLines', 'iter_fields', 'iter_table',
+           'reject_fields', 'iter_documents', 'iter_parquet', 'batch_dicts', 'row_dict']
 
 # %% ../nbs/07_tables.ipynb #c8d76c55
 from .decoding import (
@@ -51,29 +51,44 @@ def check_header(
     return fields
 
 # %% ../nbs/07_tables.ipynb #0a1fce30
+def quote_end(
+    text: str,  # the lines of one row
+    start: int,  # where a quote opens a field
+) -> int:  # the character behind the quote that closes it; 0 where none does
+    "Find where a quoted field ends"
+    while (start := text.find('"', start + 1)) >= 0:
+        if not text.startswith('"', start + 1):
+            return start + 1
+        start += 1
+    return 0
+
+
 def field_starts(
     text: str,  # the lines of one row
     delimiter: str = ",",  # what separates the fields
 ) -> list[int]:  # where each field begins, counted from 0
     "Find where the fields of a row begin"
-    field, starts, at = re.compile(rf'(?:"(?:[^"]|"")*"?)?[^{re.escape(delimiter)}\n]*'), [0], 0
-    while (at := field.match(text, at).end()) < len(text) and text[at] == delimiter:
-        at += 1
+    edge, starts, at = re.compile(rf"[{re.escape(delimiter)}\n]"), [], 0
+    while True:
         starts.append(at)
-    return starts
+        behind = (quote_end(text, at) or len(text)) if text.startswith('"', at) else at
+        found = edge.search(text, behind)
+        if not found or found[0] != delimiter:
+            return starts
+        at = found.end()
 
-
+# %% ../nbs/07_tables.ipynb #d7cc145d
 def find_quote_fault(
     text: str,  # the lines of a row that is none
     delimiter: str = ",",  # what separates the fields
 ) -> tuple[int, str]:  # (the field's first character, what is wrong and what to do)
     "Find the field whose quotes are wrong"
     for start in field_starts(text, delimiter):
-        closed = re.compile(r'"(?:[^"]|"")*"').match(text, start)
-        if text[start:start + 1] == '"' and not closed:
+        end = quote_end(text, start) if text.startswith('"', start) else None
+        if end == 0:
             return start, "the quote that opens this field is never closed; close it"
-        if closed and text[closed.end():closed.end() + 1] not in ("", delimiter, "\r", "\n"):
-            lines = text.count("\n", start, closed.end())
+        if end and text[end:end + 1] not in ("", delimiter, "\r", "\n"):
+            lines = text.count("\n", start, end)
             where = f"ends {lines} lines further down, with text behind it" if lines else "ends before the field does"
             return start, f'the quote that opens this field {where}; close it, and write a quote inside text as ""'
     return 0, "this is no row of a table"
@@ -226,18 +241,22 @@ def iter_parquet(
             _check_columns(file, origin)
             for batch in file.iter_batches(N_BATCH):
                 is_large = batch.nbytes > origin.limits.row_bytes
-                for k, data in enumerate(batch.to_pylist()):
+                for k, data in enumerate(batch_dicts(batch)):
                     number += 1
+                    if isinstance(data, str):
+                        origin.reject("no_value", f"the column `{data[:40]}` holds what Python has no value for: a "
+                                      "time out of range, or text that is not UTF-8; write it as text", number)
+                        continue
                     if is_large and (size := batch.slice(k, 1).nbytes) > origin.limits.row_bytes:
                         reject_long(origin, number, size)
                         continue
                     origin.ledger.n_rows += 1
                     yield Row(data, Place(origin.name, number))
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         origin.refuse("parquet_damaged", f"this is no Parquet, or it is damaged behind row {number}; fetch or write "
                       "the file again, or name it by what it holds")
 
-
+# %% ../nbs/07_tables.ipynb #6eb7adec
 def _check_columns(file, origin):
     twice = next((name for name, count in Counter(file.schema_arrow.names).items() if count > 1), None)
     if twice is not None:
@@ -246,3 +265,26 @@ def _check_columns(file, origin):
     if size > origin.limits.file_bytes:
         origin.refuse("file_bytes", f"{size:,} bytes are packed in the file, and the limit is "
                       f"{origin.limits.file_bytes:,}; raise `file_bytes` of `Limits`")
+
+
+def batch_dicts(
+    batch,  # some rows of a Parquet file, as pyarrow holds them
+) -> list[dict | str]:  # a dict a row; the name of a column where Python has no value for what it holds
+    "Turn rows of Parquet into values of Python"
+    try:
+        return batch.to_pylist()
+    except Exception:  # noqa: BLE001 (each type of a column fails in its own way)
+        return [row_dict(batch.slice(k, 1)) for k in range(batch.num_rows)]
+
+
+def row_dict(
+    row,  # one row, as pyarrow holds it
+) -> dict | str:  # its values; the name of a column where there is no value
+    "Turn one row of Parquet into values of Python"
+    values = {}
+    for name, column in zip(row.schema.names, row.columns):
+        try:
+            values[name] = column[0].as_py()
+        except Exception:  # noqa: BLE001
+            return name
+    return values

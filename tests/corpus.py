@@ -20,6 +20,8 @@ class Case(NamedTuple):
     column: int | None = None  # of the error
     file: str = "rows.jsonl"  # its name
     n_rows: int | None = None  # rows read, good and bad; None: as many as the file has lines
+    stage: str = "load"  # who judges it: load, check or encode
+    settings: dict = {}  # of the run that encodes it, and its chat template as `template`
 
     def write(self, folder: Path) -> Path:
         "Put the file into a folder."

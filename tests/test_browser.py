@@ -1,6 +1,7 @@
-"""The training panel in a real browser: a knob is moved, a run started, watched, stopped, and started again.
+"""Panels in a real browser: a run is started, watched, stopped, and started again; faults are looked at and mended.
 
-FINETUNING_KIT_SCREENSHOT=nbs/images/training_panel.png keeps the picture of a run for the README.
+FINETUNING_KIT_SCREENSHOT=nbs/images/training_panel.png keeps the picture of a run for the README, and
+FINETUNING_KIT_REVIEW=nbs/images/review_panel.png that of a review for its chapter.
 """
 import os
 import re
@@ -39,14 +40,13 @@ def picture(form) -> str:
     return form.locator("img.ftk-plot, .ftk-plot img").get_attribute("src") or ""
 
 
-def keep_picture(page, form) -> None:
-    "Keep a picture of the panel where the environment asks for it."
-    if KEEP:
-        wait_for_step(page, 120)
-        Path(KEEP).parent.mkdir(parents=True, exist_ok=True)
-        form.screenshot(path=KEEP)
-        Image.open(KEEP).convert("RGB").quantize(128).save(KEEP, optimize=True)  # a third of the bytes
-        assert Path(KEEP).stat().st_size <= 150 * 1024, f"{KEEP} has more than 150 KB"
+def keep_picture(form, path) -> None:
+    "Keep a picture of a panel where the environment asks for it."
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        form.screenshot(path=path)
+        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes
+        assert Path(path).stat().st_size <= 150 * 1024, f"{path} has more than 150 KB"
 
 
 def test_training_panel():
@@ -64,7 +64,9 @@ def test_training_panel():
         first = picture(form)
         wait_for_step(page, 12)
         assert picture(form) != first, "the plot did not change"
-        keep_picture(page, form)
+        if KEEP:
+            wait_for_step(page, 120)
+        keep_picture(form, KEEP)
         form.locator(".ftk-stop").click()
         form.locator(".ftk-status", has_text=re.compile("stopped at step .* kept")).wait_for()
         in_kernel(page, "panel.thread.join(); run = panel.result\n"
@@ -78,3 +80,25 @@ def test_training_panel():
         in_kernel(page, "assert panel.result.folder.adapter.is_dir()")
         assert form.locator("img.ftk-plot, .ftk-plot img").count() == 1
         assert page.locator(".jp-Cell-outputArea").last.inner_text().strip() == "a later cell", "output leaked"
+
+
+REVIEW = ["from finetuning_kit.review import Review\nreview = Review('pocket:faults', 'pocket:test')\nreview"]
+
+
+def test_review_panel():
+    with notebook_page(REVIEW) as page:
+        form = page.locator(".ftk-review")
+        form.locator(".ftk-follows", has_text="52 rows read = 50 kept + 2 left out").wait_for()
+        form.locator(".ftk-code select").select_option("encoding_issues (4)")
+        form.locator(".ftk-show mark").first.wait_for()
+        assert form.locator(".ftk-show mark").count() == 4, "a row's fault is not marked"
+        keep_picture(form, os.environ.get("FINETUNING_KIT_REVIEW"))
+        form.locator(".ftk-repair-these").click()
+        form.locator(".ftk-follows", has_text="2 repaired").wait_for()
+        form.locator(".ftk-code select").select_option("cut_answers (2)")
+        assert form.locator(".ftk-repair-these").is_disabled(), "nobody can finish a sentence by a click"
+        form.locator(".ftk-drop-these-rows").click()
+        form.locator(".ftk-follows", has_text="48 kept + 4 left out").wait_for()
+        form.locator(".ftk-step-back").click()
+        form.locator(".ftk-follows", has_text="50 kept + 2 left out").wait_for()
+        in_kernel(page, "assert review.decisions == [('repair', 'encoding_issues')], review.decisions")

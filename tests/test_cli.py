@@ -125,20 +125,102 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path, typed, rows):
 
 # What is wrong with a file, by words and by the exit code.
 
+SOUND = [{"prompt": f"What is {k} + 1?", "completion": str(k + 1)} for k in range(120)]
+
+
+def keep(path, rows):
+    "Write rows as JSON Lines."
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_validate_ends_with_0_1_or_2(typed, tmp_path):
-    sound = [{"prompt": f"What is {k} + 1?", "completion": str(k + 1)} for k in range(3)]
-    for name, rows, code in (("sound", sound, 0), ("twice", sound + sound[:1], 1),
-                             ("empty", [*sound, {"prompt": "And?", "completion": " "}], 2)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows, code in (("sound", SOUND, 0), ("twice", SOUND + SOUND[:1], 1),
+                             ("empty", [*SOUND, {"prompt": "And?", "completion": " "}], 2)):
+        keep(tmp_path / f"{name}.jsonl", rows)
         assert typed("validate", "--dataset", f"{name}.jsonl")[0] == code
     code, out, err = typed("validate", "--dataset", "empty.jsonl")
-    assert "error     1 × an answer is empty or blank (empty.jsonl:4)" in " ".join(out.split("\n"))
+    assert "1 × empty_outputs: an answer is empty or blank (empty.jsonl:121)" in " ".join(out.split())
     code, out, err = typed("validate", "--dataset", "twice.jsonl", "--json")
     report = json.loads(out)
-    assert (code, err, report["issues"]["duplicates"]) == (1, "", 1)
-    assert [finding["places"] for finding in report["findings"]] == [["twice.jsonl:4"]]
+    assert (code, err, report["issues"]["duplicates"], report["exit_code"]) == (1, "", 1, 1)
+    assert report["findings"][0]["places"] == ["twice.jsonl:121"]
     code, out, err = typed("validate", "--dataset", "twice.jsonl", "--eval-dataset", "sound.jsonl")
-    assert code == 2 and "4 × the question stands in the evaluation set too" in out
+    assert code == 2 and "120 of 120 questions of the evaluation set stand in these rows" in " ".join(out.split())
+
+
+def test_rows_are_shown_only_when_asked_for_and_secrets_never(typed, tmp_path):
+    key = "ghp_" + "a1B2c3D4e5" * 4
+    keep(tmp_path / "rows.jsonl", [*SOUND, {"prompt": "Show my purple token.", "completion": key[:40]}])
+    _, quiet, _ = typed("validate", "--dataset", "rows.jsonl")
+    _, shown, _ = typed("validate", "--dataset", "rows.jsonl", "--examples", "2")
+    assert "purple" not in quiet and "secrets" in quiet
+    assert "ghp_" in shown and key[5:12] not in shown + quiet
+    code, out, _ = typed("clean", "--dataset", "rows.jsonl", "--output", "clean.jsonl", "--record", "done.jsonl")
+    assert code == 0 and key[5:12] not in out
+    assert key[5:12] not in (tmp_path / "clean.jsonl").read_text() and "[TOKEN]" in (tmp_path / "clean.jsonl").read_text()
+
+
+def test_clean_writes_only_where_it_is_told_and_is_done_after_once(typed, tmp_path):
+    keep(tmp_path / "rows.jsonl", [*SOUND, SOUND[0], {"prompt": "And?", "completion": " "},
+                                   {"prompt": "Or?", "completion": "Caf\u00c3\u00a9.\n"}])
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    code, out, _ = typed("clean", "--dataset", "rows.jsonl")
+    assert code == 0 and "121 kept + 2 left out" in " ".join(out.split()) and "nothing was written" in out
+    code, _, err = typed("clean", "--dataset", "rows.jsonl", "--output", "rows.jsonl", "--overwrite")
+    assert code == 2 and "rows.jsonl" in err and (tmp_path / "rows.jsonl").read_bytes() == before
+    assert typed("clean", "--dataset", "rows.jsonl", "--output", "clean.jsonl", "--record", "done.jsonl")[0] == 0
+    done = [json.loads(line) for line in (tmp_path / "done.jsonl").read_text().splitlines()]
+    assert [(each["what"], each["line"]) for each in done] == [("repaired", 123), ("left out", 121), ("left out", 122)]
+    _, out, _ = typed("clean", "--dataset", "clean.jsonl")
+    assert "121 kept + 0 left out; 0 repaired" in " ".join(out.split())
+    assert typed("validate", "--dataset", "clean.jsonl")[0] == 0
+    code, _, err = typed("clean", "--dataset", "rows.jsonl", "--drop", "rubbish")
+    assert code == 2 and "`drop` may hold schema" in err
+
+
+# One judgement: what `validate` calls unfit, a dry run and a run refuse, and nothing else.
+
+LONG = {"prompt": "Count.", "completion": "one " * 900}
+FILES = {
+    "sound": SOUND, "twice": SOUND + SOUND[:9], "empty": [*SOUND, {"prompt": "And?", "completion": " "}],
+    "unasked": [*SOUND, {"prompt": " ", "completion": "Yes."}], "few": SOUND[:9], "a_long": [*SOUND, LONG],
+    "mojibake": [*SOUND, {"prompt": "Or?", "completion": "Caf\u00c3\u00a9."}], "long": SOUND[:30] + [LONG] * 9,
+    "schema": [*SOUND, {"prompt": "And?", "completion": 7}],
+    "chats": [{"messages": [{"role": "user", "content": f"Is {n} odd?"}, {"role": "assistant", "content": "Who knows."}]}
+              for n in range(40)],
+    "silent": [{"messages": [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": f"{n}?"}]} for n in range(40)],
+    "two_systems": [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "system", "content": "Be rude."},
+                                  {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]} for n in range(40)],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_validate_and_a_dry_run_agree(typed, tmp_path, name):
+    keep(tmp_path / "rows.jsonl", FILES[name])
+    verdict, out, _ = typed("validate", "--dataset", "rows.jsonl", "--model", "pocket")
+    rehearsal, shown, err = typed("train", "--base-model", "pocket", "--dataset", "rows.jsonl", "--dry-run")
+    assert (verdict == 2) == (rehearsal == 2), (verdict, out, rehearsal, shown, err)
+    assert not (tmp_path / "output").exists() and "Traceback" not in err
+
+
+def test_a_run_refuses_what_a_dry_run_refuses(typed, tmp_path):
+    for name in ("unasked", "long"):
+        keep(tmp_path / "rows.jsonl", FILES[name])
+        code, _, err = typed(*train("--dataset", "rows.jsonl"))
+        rehearsal, _, same = typed(*train("--dataset", "rows.jsonl", "--dry-run"))
+        assert (code, rehearsal) == (2, 2) and err == same
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_override_is_kept_in_the_record(typed, tmp_path):
+    keep(tmp_path / "rows.jsonl", FILES["unasked"])
+    code, _, err = typed(*train("--dataset", "rows.jsonl", "--allow-faults", "empty_questions"))
+    assert code == 0, err
+    record = json.loads(Path("runs/instruct_rows/run.json").read_text())
+    assert record["overridden"] == {"empty_questions": 1}
+    assert any("in spite of 1 x empty_questions" in note for note in record["notes"])
+    code, _, err = typed(*train("--dataset", "rows.jsonl", "--allow-faults", "schema", "--output-dir", "more"))
+    assert code == 2 and "`allow_faults` may name" in err
 
 
 def test_validate_refuses_a_file_that_cannot_be_read(typed, tmp_path):

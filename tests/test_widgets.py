@@ -16,6 +16,7 @@ from finetuning_kit.config import demo_config
 from finetuning_kit.knobs import panel
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
+from finetuning_kit.review import Review
 from finetuning_kit.tokens import encode_records
 from finetuning_kit.training import TrainingPanel
 
@@ -35,6 +36,12 @@ training.press()
 training.thread.join()
 assert training.status.startswith("finished") and training.view.bar.value == 1, training.status
 assert training.view.plot.value.startswith(b"\\x89PNG") and len(training.view.plot.value) > 1000
+
+review = Review("pocket:faults", "pocket:test")
+view = (review.widget, review.view)[1]
+view.code.value = "encoding_issues"
+view.buttons["repair these"].click()
+assert review.decisions == [("repair", "encoding_issues")] and "<mark" in view.texts["show"].value, review
 print(ipywidgets.__version__)
 """
 
