@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # %% auto #0
-__all__ = ['N_CHARACTERS', 'ROW_BITS', 'RANK_BITS', 'N_MOST', 'WINDOW', 'SLACK', 'N_LAMPS', 'ONES', 'NEAR', 'COMMON', 'N_COMMON',
-           'normal_text', 'asked_and_answered', 'turns_key', 'prompt_key', 'first_question', 'hash_shingles',
-           'ShingleSets', 'shingle_sets', 'find_candidates', 'sift', 'shared_parts', 'find_near_duplicates',
-           'join_links', 'same_links', 'check_ratio', 'open_rows', 'column_values', 'lot', 'share_out', 'choose_groups',
-           'SplitPlan', 'group_rows', 'plan_groups', 'plan_split', 'split_rows', 'split_stream']
+__all__ = ['N_CHARACTERS', 'ROW_BITS', 'RANK_BITS', 'N_MOST', 'WINDOW', 'SLACK', 'N_BLOCK', 'N_LAMPS', 'ONES', 'NEAR', 'COMMON',
+           'N_COMMON', 'normal_text', 'asked_and_answered', 'turns_key', 'prompt_key', 'first_question',
+           'hash_shingles', 'ShingleSets', 'shingle_sets', 'find_candidates', 'sift', 'shared_parts',
+           'find_near_duplicates', 'join_links', 'same_links', 'check_ratio', 'open_rows', 'column_values', 'lot',
+           'share_out', 'choose_groups', 'SplitPlan', 'group_rows', 'plan_groups', 'plan_split', 'split_rows',
+           'split_stream']
 
 # %% ../nbs/16_splitting.ipynb #212f964a
 from .ledger import DataError, Ledger
@@ -135,45 +136,51 @@ def shingle_sets(
         kept = hashes % np.uint64(step) == 0
         high = hashes[kept] >> np.uint64(ROW_BITS) << np.uint64(ROW_BITS)
         parts.append(high | (owner[kept] + start).astype(np.uint64))
-    packed = np.sort(np.concatenate(parts))
+    packed = np.concatenate(parts)
+    del parts  # in place where possible: a large corpus has as many shingles as letters
+    packed.sort()
     packed = packed[np.append(True, packed[1:] != packed[:-1])[:len(packed)]]
-    shingle, owner = packed >> np.uint64(ROW_BITS), packed & np.uint64(2 ** ROW_BITS - 1)
-    starts = np.flatnonzero(np.append(True, shingle[1:] != shingle[:-1])[:len(shingle)])
-    count = np.diff(starts, append=len(shingle))
+    starts = packed >> np.uint64(ROW_BITS)
+    starts = np.flatnonzero(np.append(True, starts[1:] != starts[:-1])[:len(packed)])
+    count = np.diff(starts, append=len(packed))
     rank = np.empty(len(count), np.uint64)
     rank[np.argsort(count, kind="stable")] = np.arange(len(count), dtype=np.uint64)
-    kept = np.repeat(count <= (max_rows or len(texts)), count)
-    entries = np.sort(owner[kept] << np.uint64(RANK_BITS) | np.repeat(rank, count)[kept])
-    owner = (entries >> np.uint64(RANK_BITS)).astype(np.int64)
-    return ShingleSets(owner, (entries & np.uint64(2 ** RANK_BITS - 1)).astype(np.int64),
-                       np.bincount(owner, minlength=len(texts)), int((count == 1).sum()))
+    packed &= np.uint64(2 ** ROW_BITS - 1)
+    packed <<= np.uint64(RANK_BITS)
+    packed |= np.repeat(rank, count)
+    if max_rows is not None:
+        packed = packed[np.repeat(count <= max_rows, count)]
+    packed.sort()
+    owner = (packed >> np.uint64(RANK_BITS)).view(np.int64)
+    packed &= np.uint64(2 ** RANK_BITS - 1)
+    return ShingleSets(owner, packed.view(np.int64), np.bincount(owner, minlength=len(texts)), int((count == 1).sum()))
 
 # %% ../nbs/16_splitting.ipynb #26bd54aa
 WINDOW = 32  # neighbours in the list of a shingle that a text is compared with
 SLACK = 1e-9  # for shares that are whole numbers but for rounding
+N_BLOCK = 4_000_000  # entries that are worked on at a time
 
 
 def find_candidates(
     sets: ShingleSets,  # texts, sorted by length, so that neighbours in a list are alike
     threshold: float,  # the share of shingles from which two texts are near copies
-) -> tuple[np.ndarray, np.ndarray]:  # pairs of texts that hold up a rare shingle in common
-    "Find the pairs of texts that may be near copies"
-    place = np.arange(len(sets.owner)) - sets.first[sets.owner]
-    size = sets.size[sets.owner]
-    held_up = (place <= size - np.ceil(threshold * size - SLACK)) & (sets.rank >= sets.n_single)
-    listed = np.sort(sets.rank[held_up] << ROW_BITS | sets.owner[held_up])
-    shingle, owner = listed >> ROW_BITS, listed & (2 ** ROW_BITS - 1)
-    found = [np.empty(0, np.int64)]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # blocks of pairs of texts that hold up a rare shingle in common
+    "Find the pairs of texts that may be near copies; one that shares several shingles comes several times"
+    last = (sets.first + sets.size - np.ceil(threshold * sets.size - SLACK)).astype(np.int64)
+    listed = [np.empty(0, np.int64)]
+    for start in range(0, len(sets.owner), N_BLOCK):
+        owner, rank = sets.owner[start:start + N_BLOCK], sets.rank[start:start + N_BLOCK]
+        held_up = (np.arange(start, start + len(owner)) <= last[owner]) & (rank >= sets.n_single)
+        listed.append(rank[held_up] << ROW_BITS | owner[held_up])
+    listed = np.sort(np.concatenate(listed))
     for distance in range(1, WINDOW + 1):
-        same = shingle[distance:] == shingle[:-distance]
-        if not same.any():
-            break
-        one, other = owner[:-distance][same], owner[distance:][same]
-        fits = sets.size[one] >= threshold * sets.size[other] - SLACK
-        fits &= sets.size[other] >= threshold * sets.size[one] - SLACK
-        found.append(np.unique(one[fits] << 32 | other[fits]))
-    pairs = np.unique(np.concatenate(found))
-    return pairs >> 32, pairs & (2 ** 32 - 1)
+        for start in range(0, len(listed) - distance, N_BLOCK):
+            here = listed[start:start + N_BLOCK + distance]
+            same = here[distance:] >> ROW_BITS == here[:-distance] >> ROW_BITS
+            one, other = (part[same] & (2 ** ROW_BITS - 1) for part in (here[:-distance], here[distance:]))
+            fits = sets.size[one] >= threshold * sets.size[other] - SLACK
+            fits &= sets.size[other] >= threshold * sets.size[one] - SLACK
+            yield one[fits], other[fits]
 
 # %% ../nbs/16_splitting.ipynb #4139f3f3
 N_LAMPS = 512  # bits of a text's coarse picture
@@ -182,23 +189,25 @@ ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 def sift(
     sets: ShingleSets,  # texts as sets
-    one: np.ndarray,  # first texts of the pairs
-    other: np.ndarray,  # second texts
+    candidates: Iterable[tuple[np.ndarray, np.ndarray]],  # blocks of first and second texts of the pairs
     threshold: float,  # the share from which two texts are near copies
-) -> tuple[np.ndarray, np.ndarray]:  # the pairs that are left; no near copies are lost
+) -> tuple[np.ndarray, np.ndarray]:  # the pairs that are left, each once; no near copies are lost
     "Draw each text as bits, of which every shingle turns one over, and drop the pairs whose bits differ too often"
-    picture, kept = np.empty((len(sets.size), N_LAMPS // 8), np.uint8), [np.empty(0, bool)]
+    picture, kept = np.empty((len(sets.size), N_LAMPS // 8), np.uint8), [np.empty(0, np.int64)]
     for start in range(0, len(sets.size), 4096):
         end = min(start + 4096, len(sets.size))
         low, high = np.searchsorted(sets.owner, [start, end])
         cell = (sets.owner[low:high] - start) * N_LAMPS + sets.rank[low:high] % N_LAMPS
         counts = np.bincount(cell, minlength=(end - start) * N_LAMPS).reshape(-1, N_LAMPS)
         picture[start:end] = np.packbits((counts & 1).astype(np.uint8), axis=1)
-    for start in range(0, len(one), 65536):
-        a, b = one[start:start + 65536], other[start:start + 65536]
-        n_differ = ONES[picture[a] ^ picture[b]].sum(axis=1, dtype=np.int64)
-        kept.append(n_differ <= (1 - threshold) / (1 + threshold) * (sets.size[a] + sets.size[b]) + SLACK)
-    return one[np.concatenate(kept)], other[np.concatenate(kept)]
+    for one, other in candidates:
+        for start in range(0, len(one), 65536):
+            a, b = one[start:start + 65536], other[start:start + 65536]
+            n_differ = ONES[picture[a] ^ picture[b]].sum(axis=1, dtype=np.int64)
+            near = n_differ <= (1 - threshold) / (1 + threshold) * (sets.size[a] + sets.size[b]) + SLACK
+            kept.append(a[near] << 32 | b[near])
+    pairs = np.unique(np.concatenate(kept))
+    return pairs >> 32, pairs & (2 ** 32 - 1)
 
 # %% ../nbs/16_splitting.ipynb #1558fc55
 def shared_parts(
@@ -236,7 +245,7 @@ def find_near_duplicates(
     first = np.array([numbers[text][0] for text in different])
     if len(different) > 1:
         sets = shingle_sets(different, max_rows)
-        one, other = sift(sets, *find_candidates(sets, threshold), threshold)
+        one, other = sift(sets, find_candidates(sets, threshold), threshold)
         share = shared_parts(sets, one, other)
         near = share >= threshold - SLACK
         ends = np.sort([first[one[near]], first[other[near]]], axis=0)

@@ -39,7 +39,7 @@ from finetuning_kit.structure import (
     order_faults)
 from .tokens import encode_batch
 from .wording import (
-    MIN_WORDS, find_cut, find_foreign, find_refusal, find_repetition, is_copied, is_too_short, languages_of)
+    MIN_WORDS, find_cut, find_foreign, find_refusal, find_repetition, is_copied, is_too_short, language_of, languages_of)
 
 # %% ../nbs/38_validation.ipynb #2a001511
 def is_short(
@@ -150,7 +150,7 @@ def find_across(
     fresh = [m for m in range(len(plain)) if m not in copies]
     put = lambda code, hits, *more: found.add(code, [rows[m] for m in sorted(hits)], *more)
     leaks = find_leaks(plain, held_out)
-    near = find_near_leaks(texts, list(map(whole_text, held_out)))
+    near = find_near_leaks(texts, list(map(whole_text, held_out))) if held_out else {}
     told = f"{len(set(leaks.values()))} of {len(held_out)} questions of the evaluation set stand in these rows"
     put("leakage", leaks, told)
     n_near = len(set(near.values()))
@@ -179,9 +179,13 @@ def find_in_set(
 ) -> Found:  # faults of the set, and its census
     "Run the checks that look at all rows at once"
     found, plain, rows = Found(), [record for _, record in records], [n for n, _ in records]
-    tongues = [languages_of(_question(record), _answer(record)) for record in plain]
-    found.add("wrong_language", [rows[m] for m in find_foreign(tongues)])
-    found.census = take_census(plain, sources, [answer for _, answer in tongues], lengths)
+    spoken = [language_of(_answer(record)) for record in plain]
+    common = Counter(filter(None, spoken)).most_common(1)
+    usual = (None, *(language for language, _ in common))
+    found.add("wrong_language", [rows[m] for m in find_foreign(
+        (None, each) if each in usual else languages_of(_question(record), _answer(record))
+        for each, record in zip(spoken, plain))])
+    found.census = take_census(plain, sources, spoken, lengths)
     for code, words in (("label_balance", balance_words(found.census.labels)), ("same_system", system_words(plain))):
         found.add(code, rows if words else [], words, whole=True)
     if has_length_bias(plain):

@@ -157,7 +157,8 @@ def test_rows_are_shown_only_when_asked_for_and_secrets_never(typed, tmp_path):
     assert "ghp_" in shown and key[5:12] not in shown + quiet
     code, out, _ = typed("clean", "--dataset", "rows.jsonl", "--output", "clean.jsonl", "--record", "done.jsonl")
     assert code == 0 and key[5:12] not in out
-    assert key[5:12] not in (tmp_path / "clean.jsonl").read_text() and "[TOKEN]" in (tmp_path / "clean.jsonl").read_text()
+    written = (tmp_path / "clean.jsonl").read_text()
+    assert key[5:12] not in written and "[TOKEN]" in written
 
 
 def test_clean_writes_only_where_it_is_told_and_is_done_after_once(typed, tmp_path):
@@ -188,9 +189,11 @@ FILES = {
     "schema": [*SOUND, {"prompt": "And?", "completion": 7}],
     "chats": [{"messages": [{"role": "user", "content": f"Is {n} odd?"}, {"role": "assistant", "content": "Who knows."}]}
               for n in range(40)],
-    "silent": [{"messages": [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": f"{n}?"}]} for n in range(40)],
+    "silent": [{"messages": [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": f"{n}?"}]}
+               for n in range(40)],
     "two_systems": [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "system", "content": "Be rude."},
-                                  {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]} for n in range(40)],
+                                  {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}
+                    for n in range(40)],
 }
 
 
