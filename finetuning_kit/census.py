@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 # %% auto #0
-__all__ = ['SIZES', 'N_HANDFUL', 'N_LABELS', 'SKEW', 'N_SYSTEM_WORDS', 'N_BARS', 'size_words', 'find_labels', 'balance_words',
-           'system_words', 'count_words', 'Census', 'n_turns', 'take_census', 'draw_census', 'png']
+__all__ = ['SIZES', 'N_HANDFUL', 'N_LABELS', 'SKEW', 'N_SYSTEM_WORDS', 'N_NAMED', 'N_BARS', 'size_words', 'find_labels',
+           'balance_words', 'system_words', 'count_words', 'Census', 'census_lines', 'n_turns', 'take_census',
+           'draw_census', 'png']
 
 # %% ../nbs/24_census.ipynb #b4741003
 from .marks import AnyRecord, answers_of, said_in
@@ -105,7 +106,7 @@ class Census:
     turns: Counter = field(default_factory=Counter)  # turns of user and assistant -> records
     roles: Counter = field(default_factory=Counter)  # role -> texts
     sources: Counter = field(default_factory=Counter)  # file -> records
-    languages: Counter = field(default_factory=Counter)  # language -> records; "?" where it cannot be told
+    languages: Counter = field(default_factory=Counter)  # language -> records; "not told" where unsure
     labels: Counter = field(default_factory=Counter)  # label -> records
 
     def length_at(
@@ -116,24 +117,45 @@ class Census:
         ranked = sorted(self.lengths)
         return ranked[min(len(ranked) - 1, int(share * len(ranked)))] if ranked else 0
 
-    def lines(self) -> list[tuple[str, str]]:
-        "Give the counts as titles and texts, the larger ones first; what is the same everywhere stays out"
-        many = lambda counts: ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8)) + (
-            f" and {len(counts) - 8} more" if len(counts) > 8 else "")
-        median, most, longest = (f"{self.length_at(share):,}" for share in (0.5, 0.95, 1))
-        found = [("length", f"half of the rows up to {median} {self.unit}, 95 % up to {most}, the longest {longest}")]
-        found += [(name, many(counts)) for name in ("turns", "roles", "sources", "languages")
-                  if len(counts := getattr(self, name)) > 1]
-        return found if self.n_rows else []
-
     def __str__(self) -> str:
-        return "\n".join(f"{title:10} {text}" for title, text in self.lines())
+        return "\n".join(f"{title:10} {text}" for title, text in census_lines(self))
 
     def to_dict(self) -> dict:
         "Give the counts as plain values; of the lengths, the quantiles"
         quantiles = {f"{share:.0%}": self.length_at(share) for share in (0, 0.25, 0.5, 0.75, 0.95, 0.99, 1)}
         counts = {name: dict(getattr(self, name)) for name in ("turns", "roles", "sources", "languages")}
         return {"n_rows": self.n_rows, "unit": self.unit, "lengths": quantiles, **counts}
+
+# %% ../nbs/24_census.ipynb #6a3a3464
+N_NAMED = 8  # values of one count that are told
+
+
+def _first(told: list[str]) -> str:
+    return ", ".join(told[:N_NAMED]) + f" and {len(told) - N_NAMED} more" * (len(told) > N_NAMED)
+
+
+def census_lines(
+    census: Census,  # a set, counted
+) -> list[tuple[str, str]]:  # titles and texts; what is the same everywhere stays out
+    "Tell what a set holds"
+    if not census.n_rows:
+        return []
+    half, most, longest = (f"{census.length_at(share):,}" for share in (0.5, 0.95, 1))
+    n_left = census.n_rows - len(census.lengths)
+    found = [("length", f"half of the rows up to {half} {census.unit}, 95 % up to {most}, the longest {longest}"
+              + f"; {n_left} could not be measured" * (n_left > 0))]
+    if len(census.turns) > 1:
+        turns = [f"{n} in {count:,} row{'s' * (count != 1)}" for n, count in sorted(census.turns.items())]
+        found.append(("turns", _first(turns)))
+    for name in ("roles", "sources", "languages"):
+        counts = getattr(census, name)
+        if len(set(counts.values())) > 1:
+            told = [f"{value} {count:,}" for value, count in counts.most_common()]
+            found.append((name, _first(told)))
+    return found
+
+
+Census.lines = census_lines
 
 # %% ../nbs/24_census.ipynb #9255e21f
 def n_turns(
@@ -149,16 +171,16 @@ def take_census(
     records: list[AnyRecord],  # records of any kind
     sources: Iterable[str] = (),  # the file of each record
     languages: Iterable[str | None] = (),  # the language of each record, None where it cannot be told
-    lengths: list[int] | None = None,  # tokens of each record; None: words are counted
+    lengths: list[int] | None = None,  # tokens of each record, 0: cannot be told; None: words are counted
 ) -> Census:  # what the set holds
     "Count everything about a set that a person wants to see first"
     roles = {"worse": "assistant", "call": "assistant", "thinking": "assistant"}
     return Census(
-        len(records), list(map(count_words, records)) if lengths is None else lengths,
+        len(records), list(map(count_words, records)) if lengths is None else [n for n in lengths if n],
         "words" if lengths is None else "tokens", Counter(map(n_turns, records)),
         Counter(roles.get(said.role, said.role) for record in records for said in said_in(record)
                 if said.field != "input"),
-        Counter(sources), Counter(language or "?" for language in languages), find_labels(records))
+        Counter(sources), Counter(language or "not told" for language in languages), find_labels(records))
 
 # %% ../nbs/24_census.ipynb #2c21d902
 N_BARS = 8  # bars of a chart; the rest is one bar more

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['REPAIRS', 'MENDABLE', 'DROPS', 'ACROSS', 'Change', 'repair_text', 'repair_row', 'Cleaned', 'check_codes', 'part_rows',
-           'clean', 'save_cleaned']
+__all__ = ['REPAIRS', 'MENDABLE', 'DROPS', 'UNSEEN', 'OF_SETS', 'DROPPABLE', 'ACROSS', 'Change', 'repair_text', 'repair_row',
+           'Cleaned', 'check_codes', 'part_rows', 'clean', 'save_cleaned']
 
 # %% ../nbs/39_cleaning.ipynb #ac2c4dac
 from .converting import files_read, refuse_read
@@ -24,6 +24,7 @@ from .records import Place, Row
 from .reports import CHECKS
 from .settings import FinetuningError, markdown_table
 from .validation import TEXT_CHECKS, Material, judge_rows, read_material, validate_dataset
+from .wording import find_cut
 from .writing import check_free, write_rows
 
 # %% ../nbs/39_cleaning.ipynb #97fccb47
@@ -50,7 +51,7 @@ class Change:
 
 # %% ../nbs/39_cleaning.ipynb #033a99c9
 REPAIRS = tuple(code for code, check in CHECKS.items() if check.cure == "mend")  # what is mended unless told otherwise
-MENDABLE = (*REPAIRS, "personal_data")  # what can be mended
+MENDABLE = ("secrets", "personal_data", *REPAIRS)  # what can be mended
 
 
 def repair_text(
@@ -65,7 +66,8 @@ def repair_text(
         for code in repair:
             find, roles = TEXT_CHECKS[code]
             better = mend_fully(text, find) if roles is None or role in roles else text
-            if better != text and not (text.strip() and not better.strip()):
+            hides = text.strip() and not better.strip() or find_cut(text) and not find_cut(better)
+            if better != text and not hides:
                 text = better
                 done.append(code)
     return text, tuple(dict.fromkeys(done))
@@ -89,6 +91,9 @@ def repair_row(
 
 # %% ../nbs/39_cleaning.ipynb #2586d6be
 DROPS = tuple(code for code, check in CHECKS.items() if check.cure == "drop")  # what goes unless told otherwise
+UNSEEN = ("not_encoded", "too_long", "contamination")  # what takes a model or a benchmark to see
+OF_SETS = ("label_balance", "length_bias", "same_system", "preferences", "few_rows")  # faults that no row has
+DROPPABLE = tuple(code for code in CHECKS if code not in UNSEEN + OF_SETS)  # what can be left out
 ACROSS = ("duplicates", "near_duplicates", "contradictions")  # faults that a row has because of an earlier one
 
 
@@ -160,14 +165,14 @@ def part_rows(
 def clean(
     dataset,  # rows in any form that `read_rows` takes
     repair: tuple[str, ...] = REPAIRS,  # checks whose faults are mended; `MENDABLE` lists those that can be
-    drop: tuple[str, ...] = DROPS,  # checks for whose faults rows are left out
+    drop: tuple[str, ...] = DROPS,  # checks for whose faults rows are left out; `DROPPABLE` lists those that can be
     eval_dataset=None,  # rows kept for evaluation, for the checks of leakage; None: none
     task: str = "instruct",  # decides how short an answer may be
     mapping=None,  # how the columns are read, in any form that `read_mapping` takes; None: find out
     allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
 ) -> Cleaned:  # rows, what was left out, what was changed; no file is touched
     "Repair what can be repaired, leave out what cannot, and tell everything that was done"
-    repair, drop = check_codes(repair, MENDABLE, "repair"), check_codes(drop, tuple(CHECKS), "drop")
+    repair, drop = check_codes(repair, MENDABLE, "repair"), check_codes(drop, DROPPABLE, "drop")
     read = read_material(dataset, mapping, allow_mixture)
     held_out = [] if eval_dataset is None else load_records(eval_dataset, read.mapping, allow_mixture=allow_mixture)
     n_good, rows, changes = len(read.rows) - read.n_unread, [], []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'PRECISIONS', 'ROWS', 'COMMANDS', 'setting_flags', 'add_flags', 'changes_of', 'starting_point',
            'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'run_train', 'add_convert',
-           'run_convert', 'add_rows', 'add_validate', 'run_validate', 'add_clean', 'run_clean', 'main']
+           'run_convert', 'count', 'add_rows', 'add_validate', 'run_validate', 'add_clean', 'run_clean', 'main']
 
 # %% ../nbs/50_cli.ipynb #a632d2ef
 import argparse
@@ -170,7 +170,8 @@ def add_train(
     parser.add_argument("--config", metavar="FILE", help='settings in YAML, or "demo"; flags are stronger')
     parser.add_argument("--resume", metavar="X", help="auto, a checkpoint or its step: go on with the folder's run")
     parser.add_argument("--dry-run", action="store_true",
-                        help="read, check and encode the rows, show what would be trained on, and stop")
+                        help="read, check and encode the rows, show what would be trained on, and stop; exit "
+                        "code 0, 1 for rows with warnings, 2 for rows that a run refuses")
     add_flags(parser)
 
 
@@ -223,6 +224,15 @@ def run_convert(
     return 0
 
 # %% ../nbs/50_cli.ipynb #f0f55a87
+def count(
+    text: str,  # what stands behind a flag
+) -> int:  # at least 0
+    "Read a number of things"
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, got {text}")
+    return int(text)
+
+
 def add_rows(
     parser: argparse.ArgumentParser,  # of a command that judges rows
 ) -> None:  # the parser is changed
@@ -231,8 +241,8 @@ def add_rows(
 
     parser.add_argument("--dataset", metavar="X", required=True, help="rows: a file, a folder, a Hub name, pocket")
     parser.add_argument("--eval-dataset", metavar="X", help="rows kept for evaluation: is any of them given away?")
-    parser.add_argument("--task", choices=tuple(MIN_WORDS), default="instruct", help="what the answers are for; "
-                        "decides how short they may be, and how many rows are few (default instruct)")
+    parser.add_argument("--task", choices=tuple(MIN_WORDS), default="instruct",
+                        help="what the answers are for; decides how short they may be (default instruct)")
     parser.add_argument("--mapping", metavar="X", help="how the columns are read (default: it is found out)")
     parser.add_argument("--allow-mixture", action="store_true", help="accept rows of several shapes in one file")
 
@@ -247,11 +257,11 @@ def add_validate(
     add_rows(parser)
     parser.add_argument("--model", metavar="X", help="a model: rows are measured in its tokens, and written by its "
                         "chat template, as in training (default: words are counted)")
-    parser.add_argument("--max-seq-length", metavar="N", type=int,
-                        help="longest row in tokens (default as in training)")
+    parser.add_argument("--max-seq-length", "--max-length", metavar="N", type=count,
+                        help="longest row in tokens of the --model (default 512, as in training)")
     parser.add_argument("--benchmark", metavar="X", help="questions of a benchmark: are they among the rows?")
-    parser.add_argument("--examples", metavar="N", type=int, default=0, help="rows shown for each finding (default 0: "
-                        "no words of a row are printed)")
+    parser.add_argument("--examples", metavar="N", type=count, default=0,
+                        help="rows shown for each finding (default 0: no words of a row are printed)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with every place")
 
 # %% ../nbs/50_cli.ipynb #e87f1788
@@ -262,13 +272,16 @@ def run_validate(
     import json
 
     from finetuning_kit.pipeline import formatter_of
+    from finetuning_kit.settings import FinetuningError
     from finetuning_kit.validation import validate_dataset
 
+    if options["max_seq_length"] is not None and options["model"] is None:
+        raise FinetuningError("--max-seq-length counts tokens, which takes a tokenizer; name one with --model")
     config, _ = starting_point(None, options["model"])
+    longest = config.max_seq_length if options["max_seq_length"] is None else options["max_seq_length"]
     report = validate_dataset(
         **{name: options[name] for name in ROWS}, model=options["model"], formatter=formatter_of(config),
-        max_seq_length=options["max_seq_length"] or config.max_seq_length, benchmark=options["benchmark"],
-        n_examples=options["examples"])
+        max_seq_length=longest, benchmark=options["benchmark"], n_examples=options["examples"])
     if options["json"]:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
         return report.exit_code
@@ -289,10 +302,11 @@ def add_clean(
     parser.add_argument("--output", metavar="FILE", help="file for the rows that stay (default: nothing is written)")
     parser.add_argument("--record", metavar="FILE", help="file for what was done: every repair, every row left out")
     parser.add_argument("--repair", metavar="X,Y", default=",".join(REPAIRS),
-                        help=f"faults that are mended, of {', '.join(MENDABLE)} (default all but the last)")
+                        help=f"faults that are mended, in place of the usual ones ({', '.join(REPAIRS)}); "
+                        f"on request also {' and '.join(code for code in MENDABLE if code not in REPAIRS)}")
     parser.add_argument("--drop", metavar="X,Y", default=",".join(DROPS),
-                        help=f"faults for which rows are left out, any that validate names (default {','.join(DROPS)})")
-    parser.add_argument("--diff", metavar="N", type=int, default=10, help="repairs shown (default 10)")
+                        help=f"faults for which rows are left out, in place of the usual ones ({', '.join(DROPS)})")
+    parser.add_argument("--diff", metavar="N", type=count, default=10, help="repairs shown (default 10)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
 
@@ -322,7 +336,8 @@ def run_clean(
 COMMANDS = {  # name -> help, flags, run
     "demo": ("teach the pocket model to answer questions (about a minute)", add_demo, run_demo),
     "train": ("fine-tune a model on your own rows", add_train, run_train),
-    "validate": ("say what is wrong with a data set, where, and what to do", add_validate, run_validate),
+    "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
+                 run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),
     "convert": ("write a data set in another shape, or say what is wrong with it", add_convert, run_convert),
 }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['NEAR_COPY', 'LONG_TEXT', 'N_GRAM', 'fingerprint', 'record_key', 'find_copies', 'whole_text', 'near_links',
+__all__ = ['NEAR_COPY', 'LONG_TEXT', 'N_GRAM', 'N_ALIKE', 'fingerprint', 'record_key', 'find_copies', 'whole_text', 'near_links',
            'find_near_copies', 'claim_of', 'find_contradictions', 'question_keys', 'find_leaks', 'find_near_leaks',
            'GramHasher', 'Contamination', 'find_contamination']
 
@@ -109,7 +110,9 @@ def claim_of(
         better, worse = (normal_text(" ".join(said.text for said in said_in(record) if said.role == role))
                          for role in ("assistant", "worse"))
         return "\n".join([prompt_key(record), *sorted((better, worse))]), better
-    return prompt_key(record), turns_key(asked_and_answered(record)[1])
+    tools = getattr(record, "tools", ())  # with other tools, the right answer is another
+    about = prompt_key(record) + "\n" + json.dumps(tools, sort_keys=True) if tools else prompt_key(record)
+    return about, turns_key(asked_and_answered(record)[1])
 
 
 def find_contradictions(
@@ -177,6 +180,7 @@ def find_near_leaks(
 
 # %% ../nbs/22_overlaps.ipynb #ee1da309
 N_GRAM = 13  # words in a row
+N_ALIKE = 2  # questions that share a run, and one in a hundred; a run of more is the form of a task, and no question
 _WORD = re.compile(r"\w+")
 
 
@@ -233,7 +237,9 @@ def find_contamination(
     for question, hashes in enumerate(runs):
         for value in hashes.tolist():
             owner.setdefault(value, []).append(question)
-    wanted, found, rows = np.sort(np.array(list(owner), np.uint64)), {}, []
+    most = max(N_ALIKE, len(benchmark) // 100)
+    own = [value for value, questions in owner.items() if len(set(questions)) <= most]
+    wanted, found, rows = np.sort(np.array(own, np.uint64)), {}, []
     for row, text in enumerate(texts if len(wanted) else ()):
         hashes = hasher(text)
         places = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)

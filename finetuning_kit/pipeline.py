@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NEEDED', 'rows_fingerprint', 'allowed_faults', 'fit_rows', 'formatter_of', 'refuse_long', 'encode_rows',
            'PreparedData', 'read_pairs', 'read_part', 'refuse_preferences', 'refuse_nothing', 'skip_rows', 'data_notes',
-           'prepare_data']
+           'shared_notes', 'prepare_data']
 
 # %% ../nbs/41_pipeline.ipynb #8c0b4f9f
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # %% ../nbs/41_pipeline.ipynb #f761e777
@@ -27,7 +27,7 @@ from .splitting import split_rows
 from .lengths import EncodedSet
 from .tokens import encode_records
 from .reports import CHECKS, Finding, Report
-from .validation import N_LONG, validate_dataset
+from .validation import N_LONG, N_NEAR, shared_runs, validate_dataset
 
 # %% ../nbs/41_pipeline.ipynb #8980c408
 def rows_fingerprint(
@@ -95,8 +95,10 @@ def refuse_long(
     "Refuse to lose or cut many rows that nobody has given up"
     n_long, chosen = len(found.places), config.is_given("over_length") or config.on_bad == "skip"
     if n_long > N_LONG * n_rows and not chosen:
-        raise DataError("too_long", f"{found.notes[0]}; that is more than {N_LONG:.0%} of them, so choose: a larger "
-                        "`max_seq_length`, or with `over_length` what becomes of them, such as cut_end, split or drop")
+        told = found.notes[0].partition(": ")[0]
+        raise DataError("too_long", f"{told}, which is more than {N_LONG:.0%} of them, so choose: a larger "
+                        "`max_seq_length`, or with `over_length` what becomes of them: drop, cut_end, cut_prompt, "
+                        "split")
 
 
 def encode_rows(
@@ -209,6 +211,18 @@ def data_notes(
     notes += [f"training rows: {note}" for note in data.train_rows.notes]
     return notes + [f"held-out rows: {note}" for note in data.eval_rows.notes]
 
+
+def shared_notes(
+    train: list[tuple],  # rows to train on, with their records
+    evaluation: list[tuple],  # rows held out
+) -> list[str]:  # a sentence if more than one held-out question in a hundred shares a run of words with them
+    "Say how much of what is asked stands word for word in the training rows"
+    if not evaluation:
+        return []
+    shared = shared_runs([record for _, record in train], [record for _, record in evaluation], answers=False)
+    told = str(shared).replace("benchmark questions", "held-out questions")
+    return [f"{told}: scores on these are partly memory"] if len(shared.found) > N_NEAR * len(evaluation) else []
+
 # %% ../nbs/41_pipeline.ipynb #a4353ca9
 def prepare_data(
     config: FineTuningConfig,  # resolved settings: length, format, split
@@ -227,6 +241,7 @@ def prepare_data(
     detection = detect_shape(rows, None if config.mapping is None else read_mapping(config.mapping))
     refuse_preferences(detection)
     report = validate_dataset(rows, held_out, config.task, config.mapping, config.allow_mixture)
+    report = replace(report, source={"dataset": str(dataset)} if isinstance(dataset, (str, Path)) else {})
     fit, skipped = fit_rows(rows, report, config.on_bad, config.allow_faults)
     skip_rows(skipped, ledger)
     pairs = read_pairs(config, fit, ledger)
@@ -242,5 +257,5 @@ def prepare_data(
     data = PreparedData(report, *encoded, [record for _, record in evaluation], rows_fingerprint(dataset, rows),
                         detection, ledger, skipped=ledger.rejects)
     data.overridden = {each.code: each.count for each in allowed_faults(report, config.allow_faults)}
-    data.notes = data_notes(data)
+    data.notes = data_notes(data) + shared_notes(train, evaluation)
     return data

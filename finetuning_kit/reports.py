@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import base64
 import html
+import re
+import shlex
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['CHECKS', 'SEVERITIES', 'Check', 'Finding', 'headline_of', 'next_step', 'clean_name', 'Report', 'report_dict',
-           'report_text', 'report_markdown', 'finding_html', 'report_html', 'build_report']
+__all__ = ['CHECKS', 'SEVERITIES', 'Check', 'Finding', 'headline_of', 'Report', 'cured_rows', 'next_step', 'clean_command',
+           'clean_name', 'report_dict', 'report_text', 'report_markdown', 'finding_html', 'report_html', 'build_report']
 
 # %% ../nbs/37_reports.ipynb #2e16e200
 from .census import Census, draw_census, png
@@ -37,17 +40,17 @@ CHECKS = {  # in the order of a report
     "two_systems": Check("error", "the conversation has two different system texts", "keep one of them", "drop"),
     "equal_pair": Check("error", "chosen and rejected are the same", "drop the pair: it prefers nothing", "drop"),
     "not_encoded": Check("error", "the model's tokenizer or chat template refuses the row",
-                         "mend the row as the message says, or drop it", "drop"),
+                         "mend the row as the message says, or drop it"),
     "leakage": Check("error", "the question stands in the evaluation set too",
                      "drop these rows, or choose other questions to evaluate", "drop"),
     "near_leakage": Check("warning", "nearly the same as a row of the evaluation set",
-                          "look at them: if they ask the same, drop these rows"),
+                          "look at them: if they ask the same, drop these rows", "drop"),
     "contamination": Check("warning", "the row shares a run of words with the benchmark",
                            "drop these rows, or state the share beside every score"),
     "secrets": Check("warning", "a key, a token or a password",
-                     "revoke it, and take it out: models repeat what they read", "mend"),
+                     "revoke it, and take it out with `--repair secrets`: models repeat what they read"),
     "personal_data": Check("warning", "an e-mail address, a telephone, card or account number",
-                           "replace it, unless you may use it"),
+                           "replace it with `--repair personal_data`, unless you may use it"),
     "encoding_issues": Check("warning", "letters were misread, such as Ã© for é, or lost",
                              "read the source again as UTF-8, or repair the text", "mend"),
     "hidden_characters": Check("warning", "characters that nobody sees: control codes, zero-width or turning the "
@@ -66,12 +69,13 @@ CHECKS |= {
                         "keep one copy, unless the weight is meant", "drop"),
     "near_duplicates": Check("warning", "nearly the same as an earlier row", "keep one of them, unless they differ in "
                              "what matters, as questions built on one pattern do"),
-    "contradictions": Check("warning", "the question was asked before, and answered otherwise",
-                            "check which answer is right, and keep it"),
+    "contradictions": Check("warning", "the question was asked before, and answered in other words",
+                            "see whether both answers are right"),
     "role_order": Check("warning", "the speakers do not take turns",
                         "look at them: some chat templates refuse such rows"),
-    "refusals": Check("warning", "an answer refuses, or speaks of itself as a language model",
-                      "drop it, unless refusing is what you teach"),
+    "refusals": Check("warning", "an answer refuses", "drop it, unless refusing is what you teach"),
+    "boilerplate": Check("warning", "an answer speaks of itself as a language model",
+                         "write it anew, unless your assistant shall speak so"),
     "cut_answers": Check("warning", "an answer stops in mid-sentence",
                          "finish it, or drop it: the model would learn to stop"),
     "copied_questions": Check("warning", "an answer repeats its question", "write the answer, or drop the row"),
@@ -79,7 +83,8 @@ CHECKS |= {
                          "cut it, or drop it: loops are learned fast"),
     "too_short": Check("warning", "an answer has fewer words than the task expects", "look at it: was it cut off?"),
     "too_long": Check("warning", "the row is longer than the limit in tokens",
-                      "raise the limit, shorten the row, or choose `over_length`"),
+                      "raise the limit with `--max-seq-length`, or name what training does with such rows: "
+                      "`--over-length` drop, cut_end, cut_prompt or split"),
     "wrong_language": Check("warning", "another language than the rest of the set", "drop it, unless it is meant"),
 }
 
@@ -94,6 +99,8 @@ CHECKS |= {
                            "add rows of the rare ones, or drop common ones"),
     "same_system": Check("warning", "a long system text stands in every row",
                          "shorten it: it is paid for in every step"),
+    "preferences": Check("note", "rows say which answers are better", "use them for preference training; `train` "
+                         "learns from single answers, into which `convert` turns them"),
     "few_rows": Check("warning", "there are few rows", "collect more before you trust a result"),
     "unused_columns": Check("warning", "columns that no record takes",
                             "nothing, if you do not need them; else rename them"),
@@ -111,18 +118,18 @@ class Finding:
     message: str  # what is wrong
     fix: str  # what to do
     examples: list[str] = field(default_factory=list)  # the rows' words, if they were asked for
-    n_cures: int = 0  # rows that `clean` mends or leaves out unless told otherwise
+    twins: list[str] = field(default_factory=list)  # where the earlier row stands that each of them resembles
 
     def where(
         self,
         n: int = 3,  # places named at most
     ) -> str:  # the first places, and how many more there are
         "Name the first places, the file once"
+        short = lambda place, file: f":{place.rpartition(':')[2]}" if place.rpartition(":")[0] == file else place
         named, file = [], None
-        for place in self.places[:n]:
-            name, _, line = place.rpartition(":")
-            named.append(f":{line}" if name == file else place)
-            file = name
+        for place, twin in zip_longest(self.places[:n], self.twins[:n]):
+            here, file = short(place, file), place.rpartition(":")[0]
+            named.append(f"{here} (like {short(twin, file)})" if twin else here)
         more = len(self.places) - n
         return (", ".join(named) or "the whole set") + (f" and {more} more" if more > 0 else "")
 
@@ -141,33 +148,7 @@ def headline_of(
     verdict = f"{n_unfit} unfit to train on" if n_unfit else "all fit to train on"
     some = f"{n_warnings} kind{'s' * (n_warnings > 1)} of warning"
     looks = some if n_warnings else "nothing else" if n_unfit else "nothing"
-    return f"{n_rows} rows, {verdict}; {looks} to look at"
-
-
-def next_step(
-    findings: list[Finding],  # what was found
-    source: str = "",  # the file, as somebody named it; empty: the rows came from a program
-) -> str:  # a sentence
-    "Say what to do first"
-    counts = {"mend": 0, "drop": 0, "": 0}
-    for each in findings:
-        counts[CHECKS[each.code].cure] += each.n_cures
-    looks = [each.code for each in findings if each.severity != "note" and each.n_cures < each.count]
-    look = f"look at the rows under {', '.join(looks[:3])}" + " and others" * (len(looks) > 3) if looks else ""
-    if not any(counts.values()):
-        return f"{look}; then train" if look else "train"
-    verbs = {"mend": "mends", "drop": "leaves out"}
-    does = [f"{verbs[cure]} {n} row{'s' * (n != 1)}" for cure, n in counts.items() if n]
-    call = f"`finetuning-kit clean --dataset {source} --output {clean_name(source)}`" if source else "`clean(rows)`"
-    return f"{call} {' and '.join(does)}" + f"; then {look}" * bool(look)
-
-
-def clean_name(
-    source: str,  # a file, a folder, "pocket" or a Hub name
-) -> str:  # a file name of its own
-    "Name the file for the rows that were made right"
-    path = Path(source.replace(":", "_"))
-    return f"{path.name.partition('.')[0]}_clean{path.suffix if path.suffix in ('.json', '.csv', '.tsv') else '.jsonl'}"
+    return f"{n_rows} row{'s' * (n_rows != 1)}, {verdict}; {looks} to look at"
 
 # %% ../nbs/37_reports.ipynb #c720fe6f
 @dataclass(frozen=True)
@@ -179,7 +160,8 @@ class Report:
     unfit: dict[int, str] = field(default_factory=dict)  # position of each row with an error -> its first code
     faults: dict[str, list[int]] = field(default_factory=dict)  # code -> positions of the rows with that fault
     census: Census = field(default_factory=lambda: Census(0))  # what the set holds, counted
-    source: str = ""  # the file, as somebody named it
+    cures: dict[str, list[int]] = field(default_factory=dict)  # code -> positions that `clean` mends or leaves out
+    source: dict[str, str] = field(default_factory=dict)  # flags of the command line that name these rows -> values
 
     @property
     def issues(self) -> dict[str, int]:
@@ -202,13 +184,61 @@ class Report:
         n_warnings = sum(finding.severity == "warning" for finding in self.findings)
         return headline_of(self.total_examples, self.total_examples - self.valid_examples, n_warnings)
 
-    @property
-    def next_step(self) -> str:
-        "What to do first"
-        return next_step(self.findings, self.source)
-
     def __getitem__(self, name):
         return report_dict(self)[name]
+
+# %% ../nbs/37_reports.ipynb #f7405f9f
+def cured_rows(
+    report: Report,  # any report
+) -> tuple[int, int]:  # rows that `clean` mends, rows that it leaves out; a row with two faults counts once
+    "Count what a machine can do about faults"
+    rows = {"mend": set(), "drop": set()}
+    for code, positions in report.cures.items():
+        rows[CHECKS[code].cure].update(positions)
+    return len(rows["mend"] - rows["drop"]), len(rows["drop"])
+
+
+def next_step(
+    report: Report,  # any report
+) -> str:  # a sentence
+    "Say what to do first, and what then"
+    n_mended, n_dropped = cured_rows(report)
+    left = [each for each in report.findings if each.severity != "note"
+            and len(report.cures.get(each.code, ())) < each.count]
+    grave = [each for each in left if each.severity == "error"]
+    if n_dropped and n_dropped == report.total_examples:
+        return f"no row would be left; see to {report.findings[0].code}: {report.findings[0].fix}"
+    steps = [f"see to {each.code}: {each.fix}" for each in grave[:1]]
+    does = [f"{verb} {n} row{'s' * (n != 1)}" for verb, n in (("mend", n_mended), ("leave out", n_dropped)) if n]
+    how = "with the command below" if report.source else "with `clean(rows)`"
+    steps += [f"{' and '.join(does)} {how}"] if does else []
+    looks = [each.code for each in left if each not in grave]
+    some = ", ".join(looks[:3]) + " and others" * (len(looks) > 3)
+    steps += [f"look at the rows under {some}" + " (`--examples 3` shows them)" * bool(report.source)] if looks else []
+    return "; then ".join([*steps, "train"])
+
+# %% ../nbs/37_reports.ipynb #b8a75a91
+def clean_command(
+    report: Report,  # any report
+) -> str:  # a line to paste into a shell; empty where there is nothing to clean, or no file
+    "Write the command that does what a machine can do"
+    n_mended, n_dropped = cured_rows(report)
+    if not report.source or not n_mended + n_dropped or n_dropped == report.total_examples:
+        return ""
+    flags = [f"--{name}" + f" {shlex.quote(value)}" * bool(value) for name, value in report.source.items()]
+    return f"finetuning-kit clean {' '.join(flags)} --output {shlex.quote(clean_name(report.source['dataset']))}"
+
+
+def clean_name(
+    source: str,  # a file, a folder, "pocket" or a Hub name
+) -> str:  # a file name of its own
+    "Name the file for the rows that were made right"
+    path = Path(source.replace(":", "_"))
+    ending = path.suffix if path.suffix in (".json", ".csv", ".tsv") else ".jsonl"
+    return f"{path.name.partition('.')[0]}_clean{ending}"
+
+
+Report.next_step, Report.command = property(next_step), property(clean_command)
 
 # %% ../nbs/37_reports.ipynb #f542c419
 def report_dict(
@@ -217,7 +247,7 @@ def report_dict(
     "Give a report to a program"
     return {"total_examples": report.total_examples, "valid_examples": report.valid_examples, "ok": report.ok,
             "exit_code": report.exit_code, "headline": report.headline, "next_step": report.next_step,
-            "issues": report.issues, "findings": [asdict(each) for each in report.findings],
+            "command": report.command, "issues": report.issues, "findings": [asdict(each) for each in report.findings],
             "census": report.census.to_dict()}
 
 
@@ -225,7 +255,8 @@ def report_text(
     report: Report,  # any report
 ) -> str:  # lines
     "Show a report in a terminal"
-    return "\n".join([report.headline, f"next: {report.next_step}", *map(str, report.findings),
+    command = [f"      {report.command}"] * bool(report.command)
+    return "\n".join([report.headline, f"next: {report.next_step}", *command, *map(str, report.findings),
                       *str(report.census).splitlines()])
 
 
@@ -233,23 +264,30 @@ def report_markdown(
     report: Report,  # any report
 ) -> str:  # a headline and a table
     "Show a report on a page"
-    rows = [(f.severity, f.count, f"`{f.code}`", f.message, f.where(), f.fix) for f in report.findings]
+    rows = [(each.severity, each.count if each.places else "", f"`{each.code}`", each.message, each.where(), each.fix)
+            for each in report.findings]
     table = markdown_table(["severity", "rows", "check", "what is wrong", "where", "what to do"], rows)
-    return f"**{report.headline}**\n\nNext: {report.next_step}" + (f"\n\n{table}" if rows else "")
+    command = f"\n\n```sh\n{report.command}\n```" * bool(report.command)
+    return f"**{report.headline}**\n\nNext: {report.next_step}{command}" + (f"\n\n{table}" if rows else "")
 
 # %% ../nbs/37_reports.ipynb #fbed6b9f
 _COLOURS = {"error": "#b3261e", "warning": "#8a5a00", "note": "#3b6fb5"}
 _CHIP = "border-radius:4px;padding:1px 6px;color:#fff;background:"
 
 
+def _prose(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def finding_html(
     finding: Finding,  # any finding
 ) -> str:  # a row of a table; every text in it is escaped
     "Show a finding in a notebook"
-    cells = [f'<span style="{_CHIP}{_COLOURS[finding.severity]}">{finding.severity}</span>', f"{finding.count:,}",
-             f"<code>{html.escape(finding.code)}</code>", html.escape(finding.message),
-             html.escape(finding.where()), html.escape(finding.fix)]
-    line = "<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in cells) + "</tr>"
+    cells = [f'<span style="{_CHIP}{_COLOURS[finding.severity]}">{finding.severity}</span>',
+             f"{finding.count:,}" if finding.places else "", f"<code>{html.escape(finding.code)}</code>",
+             *map(_prose, (finding.message, finding.where(), finding.fix))]
+    look = "text-align:left;vertical-align:top;padding:3px 8px"
+    line = "<tr>" + "".join(f'<td style="{look}">{cell}</td>' for cell in cells) + "</tr>"
     shown = "<br>".join(map(html.escape, finding.examples))
     more = f'<tr><td></td><td></td><td colspan="4" style="text-align:left"><small>{shown}</small></td></tr>'
     return line + more * bool(shown)
@@ -264,7 +302,8 @@ def report_html(
     picture = base64.b64encode(png(draw_census(report.census))).decode() if report.census.n_rows else ""
     words = html.escape("; ".join(text for _, text in report.census.lines()[:1]))
     image = f'<img alt="{words}" src="data:image/png;base64,{picture}">' if picture else ""
-    return (f"<p><b>{html.escape(report.headline)}</b><br>Next: {html.escape(report.next_step)}</p>"
+    command = f"<pre>{html.escape(report.command)}</pre>" * bool(report.command)
+    return (f"<p><b>{html.escape(report.headline)}</b><br>Next: {_prose(report.next_step)}</p>{command}"
             f"{table}<p>{words}</p>{image}")
 
 
@@ -278,15 +317,17 @@ def build_report(
     details: dict[str, str] = {},  # code -> a message that says more than the check's own
     severities: dict[str, str] = {},  # code -> a severity other than the check's own
     whole: frozenset[str] = frozenset(),  # codes that are about the set, so that naming every row would say nothing
-    cures: dict[str, int] = {},  # code of a check that mends -> rows that can be mended, where it is not all of them
+    cures: dict[str, list[int]] = {},  # code of a check that mends -> rows that can be mended, if it is not all of them
+    twins: dict[str, dict[int, int]] = {},  # code -> position of a row -> the earlier row that it resembles
 ) -> Report:  # findings, the gravest first
     "Turn faults into findings, and count the rows without an error"
     findings = [Finding(code, severities.get(code, check.severity), len(faults[code]),
                         [] if code in whole else [places[n] for n in faults[code]],
                         details.get(code, check.message), check.fix,
-                        n_cures=cures.get(code, len(faults[code])) if check.cure else 0)
+                        twins=[places[twins[code][n]] for n in faults[code]] if code in twins else [])
                 for code, check in CHECKS.items() if faults.get(code)]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     errors = [finding.code for finding in findings if finding.severity == "error"]
     unfit = {n: code for code in reversed(errors) for n in faults[code]}
-    return Report(len(places), len(places) - len(unfit), findings, dict(sorted(unfit.items())), faults)
+    cured = {each.code: list(cures.get(each.code, faults[each.code])) for each in findings if CHECKS[each.code].cure}
+    return Report(len(places), len(places) - len(unfit), findings, dict(sorted(unfit.items())), faults, cures=cured)

@@ -14,12 +14,12 @@ __all__ = ['N_LOOKED_AT', 'fault_html', 'ReviewState', 'Review', 'save_review', 
            'refresh_view']
 
 # %% ../nbs/40_review.ipynb #644983ef
-from .cleaning import MENDABLE, Cleaned, clean, repair_text, save_cleaned
+from .cleaning import DROPPABLE, MENDABLE, Cleaned, clean, repair_text, save_cleaned
 from .knobs import STYLE, Shown, labelled
 from .loading import load_records
 from .marks import mark_html, visible
 from .privacy import cover
-from .reports import CHECKS, SEVERITIES, Report
+from .reports import SEVERITIES, Report
 from .settings import FinetuningError
 from .validation import TEXT_CHECKS, Material, example_of, judge_rows, marks_of, read_material
 
@@ -84,10 +84,11 @@ class Review(Shown, ReviewState):
         code: str,  # a check
     ) -> None:  # `cleaned` and `after` are computed anew
         "Repair faults of a kind, or drop the rows that have them"
-        possible = MENDABLE if what == "repair" else tuple(CHECKS)
+        possible = MENDABLE if what == "repair" else DROPPABLE
         if what not in ("repair", "drop") or code not in possible:
             able = ", ".join(MENDABLE)
-            raise FinetuningError(f"no machine can {what} {code}; it can repair {able}, and drop any row")
+            raise FinetuningError(f"no machine can {what} {code}; it can repair {able}, and drop rows with faults of "
+                                  "their own")
         if (what, code) not in self.decisions:
             self.decisions.append((what, code))
             self.work()
@@ -141,6 +142,8 @@ def review_html(
 ) -> dict[str, str]:  # HTML: verdict, rows; everything is escaped
     "Write what a panel says about a review"
     done = ", ".join(f"{what} <code>{html.escape(code)}</code>" for what, code in review.decisions) or "nothing yet"
+    n_unread = review.before.n_unread
+    done += f"; {n_unread} lines could not be read" * bool(n_unread)
     lines = [("before", html.escape(review.report.headline)), ("decided", done),
              ("after", html.escape(review.after.headline)), ("rows", html.escape(str(review.cleaned)))]
     verdict = "".join(f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in lines)
@@ -164,7 +167,7 @@ class ReviewView:
 
         self.review, self.busy = review, False
         menu = {"value": "all", "layout": {"width": "auto"}}
-        self.severity = W.Dropdown(options=["all", *SEVERITIES], description="gravity", **menu)
+        self.severity = W.Dropdown(options=["all", *SEVERITIES], description="severity", **menu)
         self.code = W.Dropdown(options=[("all kinds", "all")], description="kind", **menu)
         self.name = W.Text(value="rows_clean.jsonl", description="save as", layout={"width": "280px"})
         self.buttons = {name: W.Button(description=name, layout={"width": "auto"})
@@ -220,10 +223,9 @@ def refresh_view(
                                       if review.severity in ("all", each.severity)]
     view.code.options = kinds
     review.code = review.code if review.code in [code for _, code in kinds] else "all"
-    view.code.value, one = review.code, review.code != "all"
+    view.code.value = review.code
     view.buttons["repair these"].disabled = review.code not in MENDABLE
-    view.buttons["drop these rows"].disabled = not one or review.code in review.after.issues and not any(
-        each.places for each in review.findings())
+    view.buttons["drop these rows"].disabled = review.code not in DROPPABLE
     view.buttons["step back"].disabled = not review.decisions
     view.buttons["save"].disabled = not review.decisions
     for name, text in review_html(review).items():

@@ -55,6 +55,8 @@ def show_report(
 ) -> None:  # it is on the screen
     "Show what the check of rows found, and what to do next"
     screen.line("check", f"{report.headline} (of {len(report.issues)} kinds)\nnext: {report.next_step}")
+    if report.command:  # a line of its own, however long, so that it can be copied
+        screen.console.print(f"\n    {report.command}\n", soft_wrap=True, markup=False, highlight=False)
     for finding in report.findings:
         times = f"{finding.count} × " if finding.places else ""
         told = f"{times}{finding.code}: {finding.message} ({finding.where()}); {finding.fix}"

@@ -102,7 +102,8 @@ def is_swapped(
     "Say whether the worse answer of a pair looks better"
     if not isinstance(record, PreferencePair):
         return False
-    better, worse = ([bool(find(text)) for find in (find_refusal, find_cut, find_repetition)]
+    refuses = lambda text: any(mark.what == "refusal" for mark in find_refusal(text))
+    better, worse = ([bool(find(text)) for find in (refuses, find_cut, find_repetition)]
                      for text in answers_by_role(record))
     return sum(better) > sum(worse)
 

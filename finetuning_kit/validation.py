@@ -9,11 +9,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 # %% auto #0
 __all__ = ['ROW_CHECKS', 'TEXT_CHECKS', 'N_NEAR', 'N_LONG', 'is_short', 'copies_question', 'marks_of', 'find_in_texts', 'Found',
            'find_across', 'find_in_set', 'find_in_tokens', 'told', 'unused_columns', 'Material', 'read_material',
-           'find_in_rows', 'example_of', 'with_examples', 'watched', 'find_shared', 'judge_rows', 'validate_dataset']
+           'find_in_rows', 'example_of', 'with_examples', 'watched', 'shared_runs', 'find_shared', 'judge_rows',
+           'validate_dataset']
 
 # %% ../nbs/38_validation.ipynb #4583ca3e
 from .census import Census, balance_words, find_labels, size_words, system_words, take_census
@@ -26,11 +28,11 @@ from .mappings import read_mapping
 from .marks import AnyRecord, Mark, answers_of, mark_text, said_in, visible
 from .models import load_tokenizer
 from finetuning_kit.overlaps import (
-    find_contamination, find_contradictions, find_copies, find_leaks, find_near_copies, find_near_leaks, record_key,
+    Contamination, find_contamination, find_contradictions, find_leaks, find_near_copies, find_near_leaks, record_key,
     whole_text)
 from .privacy import cover, find_personal, find_secrets
 from .reading import read_rows
-from .records import Document, PreferencePair, Row
+from .records import Document, Feedback, PreferencePair, Row
 from .reports import CHECKS, Report, build_report
 from .settings import FinetuningError
 from .shapes import Mapping, detect_shape
@@ -38,8 +40,9 @@ from finetuning_kit.structure import (
     differs_by_length, has_length_bias, has_two_systems, is_swapped, is_unanswered, is_unasked, longer_share,
     order_faults)
 from .tokens import encode_batch
-from .wording import (
-    MIN_WORDS, find_cut, find_foreign, find_refusal, find_repetition, is_copied, is_too_short, language_of, languages_of)
+from finetuning_kit.wording import (
+    MIN_WORDS, find_cut, find_foreign, find_refusal, find_repetition, is_copied, is_too_short, language_of,
+    languages_of)
 
 # %% ../nbs/38_validation.ipynb #2a001511
 def is_short(
@@ -80,7 +83,8 @@ TEXT_CHECKS: dict[str, tuple[Callable, tuple | None]] = {  # code: (finds marks 
     "special_tokens": (find_markup, None),
     "stray_blanks": (find_blanks, ("assistant", "worse")),
     "blob": (find_blob, None),
-    "refusals": (find_refusal, ("assistant",)),
+    "refusals": (lambda text: [mark for mark in find_refusal(text) if mark.what == "refusal"], ("assistant",)),
+    "boilerplate": (lambda text: [mark for mark in find_refusal(text) if mark.what != "refusal"], ("assistant",)),
     "cut_answers": (find_cut, ("assistant",)),
     "repetitions": (find_repetition, ("assistant", "text")),
 }
@@ -98,16 +102,16 @@ def marks_of(
 
 def find_in_texts(
     records: Iterable[tuple[int, AnyRecord]],  # positions and records
-) -> tuple[dict[str, list[int]], dict[str, int]]:  # code -> positions of the rows that are marked; how many it can mend
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:  # code -> rows that are marked; code -> rows that can be mended
     "Run the checks that look at one text at a time"
-    found, cures = {code: [] for code in TEXT_CHECKS}, Counter()
+    found, cures = ({code: [] for code in TEXT_CHECKS} for _ in range(2))
     for n, record in records:
         texts = said_in(record)
         for code, (find, roles) in TEXT_CHECKS.items():
             marks = [mark for said in texts if roles is None or said.role in roles for mark in find(said.text)]
             if marks:
                 found[code].append(n)
-                cures[code] += any(mark.better is not None for mark in marks)
+                cures[code] += [n] * any(mark.better is not None for mark in marks)
     return found, cures
 
 # %% ../nbs/38_validation.ipynb #ae2f0e1c
@@ -121,7 +125,8 @@ class Found:
     details: dict[str, str] = field(default_factory=dict)  # code -> a message that says more than the check's own
     severities: dict[str, str] = field(default_factory=dict)  # code -> a severity other than the check's own
     whole: set[str] = field(default_factory=set)  # codes about the set as a whole
-    cures: dict[str, int] = field(default_factory=dict)  # code -> rows that a machine can mend
+    cures: dict[str, list[int]] = field(default_factory=dict)  # code -> rows that a machine can mend
+    twins: dict[str, dict[int, int]] = field(default_factory=dict)  # code -> row -> the earlier row that it resembles
     census: Census = field(default_factory=lambda: Census(0))  # what the set holds
 
     def add(
@@ -146,20 +151,23 @@ def find_across(
 ) -> Found:  # copies, contradictions, leaks
     "Run the checks that compare rows with each other and with the evaluation set"
     found, plain, rows = Found(), [record for _, record in records], [n for n, _ in records]
-    texts, copies = list(map(whole_text, plain)), set(find_copies(list(map(record_key, plain))))
+    first, texts = {}, list(map(whole_text, plain))
+    copies = {m: one for m, key in enumerate(map(record_key, plain)) if (one := first.setdefault(key, m)) != m}
     fresh = [m for m in range(len(plain)) if m not in copies]
     put = lambda code, hits, *more: found.add(code, [rows[m] for m in sorted(hits)], *more)
     leaks = find_leaks(plain, held_out)
     near = find_near_leaks(texts, list(map(whole_text, held_out))) if held_out else {}
-    told = f"{len(set(leaks.values()))} of {len(held_out)} questions of the evaluation set stand in these rows"
-    put("leakage", leaks, told)
+    put("leakage", leaks, f"{len(set(leaks.values()))} of {len(held_out)} questions of the evaluation set stand in "
+        "these rows")
     n_near = len(set(near.values()))
     graver = n_near > N_NEAR * max(1, len(held_out)) and "error"
     put("near_leakage", near.keys() - leaks.keys(), f"nearly the same as {n_near} of {len(held_out)} rows of the "
         "evaluation set", graver or "")
-    put("duplicates", copies)
-    put("near_duplicates", {fresh[m] for m in find_near_copies([texts[m] for m in fresh])})
-    put("contradictions", {fresh[m] for m in find_contradictions([plain[m] for m in fresh])})
+    alike = {fresh[m]: fresh[one] for m, one in find_near_copies([texts[m] for m in fresh]).items()}
+    other = {fresh[m]: fresh[one] for m, one in find_contradictions([plain[m] for m in fresh]).items()}
+    for code, hits in (("duplicates", copies), ("near_duplicates", alike), ("contradictions", other)):
+        put(code, hits)
+        found.twins[code] = {rows[m]: rows[one] for m, one in hits.items()}
     return found
 
 # %% ../nbs/38_validation.ipynb #68e83aa5
@@ -191,6 +199,9 @@ def find_in_set(
     if has_length_bias(plain):
         share = longer_share(plain)
         found.add("length_bias", rows, f"the longer answer was chosen in {share:.0%} of the pairs", whole=True)
+    n_pairs = sum(isinstance(record, (PreferencePair, Feedback)) for record in plain)
+    told_pairs = f"{n_pairs} of {len(rows)} rows say which answers are better"
+    found.add("preferences", rows if n_pairs else [], told_pairs, whole=True)
     texts = task == "instruct" and all(isinstance(record, Document) for record in plain)
     if few := size_words(len(plain), "domain" if texts else task):
         found.add("few_rows", rows, few[1], few[0], whole=True)
@@ -318,8 +329,8 @@ def with_examples(
     n_examples: int,  # rows shown for each finding
 ) -> Report:  # findings with the rows' words
     "Add the words of rows to a report"
-    show = lambda finding: [] if finding.code in ("few_rows", "unused_columns") else [
-        example_of(material, finding.code, n) for n in report.faults[finding.code][:n_examples]]
+    show = lambda finding: [example_of(material, finding.code, n) for n in report.faults[finding.code][:n_examples]
+                            if finding.places and finding.code != "unused_columns"]
     return replace(report, findings=[replace(each, examples=show(each)) for each in report.findings])
 
 
@@ -335,14 +346,22 @@ def watched(
     return tqdm(items, what, delay=2, leave=False, disable=not seen)
 
 # %% ../nbs/38_validation.ipynb #7f34778d
+def shared_runs(
+    records: list[AnyRecord],  # rows to train on
+    benchmark,  # questions that no training row should hold, in any form that `read_rows` takes
+    answers: bool = True,  # False: a benchmark's answers may stand in the rows, its questions may not
+) -> Contamination:  # which questions, which rows, and what share
+    "Compare rows with a benchmark by runs of 13 words"
+    asked = [f"{_question(record)}\n{_answer(record) if answers else ''}" for record in load_records(benchmark)]
+    return find_contamination([f"{_question(record)}\n{_answer(record)}" for record in records], asked)
+
+
 def find_shared(
     records: list[tuple[int, AnyRecord]],  # positions and records
     benchmark,  # questions that no training row should hold, in any form that `read_rows` takes
 ) -> Found:  # rows that share a run of 13 words with one of them
     "Run the check that compares rows with a benchmark"
-    texts = [f"{_question(record)}\n{_answer(record)}" for _, record in records]
-    asked = [f"{_question(record)}\n{_answer(record)}" for record in load_records(benchmark)]
-    shared, found = find_contamination(texts, asked), Found()
+    shared, found = shared_runs([record for _, record in records], benchmark), Found()
     found.add("contamination", [records[m][0] for m in shared.rows], str(shared))
     return found
 
@@ -368,7 +387,8 @@ def judge_rows(
     parts.append(find_in_set(good, task, [material.rows[n].place.file for n, _ in good], lengths))
     merged = lambda name: {key: value for part in parts for key, value in getattr(part, name).items()}
     report = build_report([str(row.place) for row in material.rows], merged("faults"), merged("details"),
-                          merged("severities"), frozenset().union(*(part.whole for part in parts)), merged("cures"))
+                          merged("severities"), frozenset().union(*(part.whole for part in parts)), merged("cures"),
+                          merged("twins"))
     return replace(report, census=parts[-1].census)
 
 # %% ../nbs/38_validation.ipynb #29e6af68
@@ -394,5 +414,8 @@ def validate_dataset(
     tokens = None if model is None else {"model": model, "max_seq_length": max_seq_length, "formatter": formatter,
                                          "over_length": over_length}
     report = judge_rows(material, held_out, task, benchmark, tokens, progress)
-    report = replace(report, source=dataset if isinstance(dataset, str) else "")
+    named = {"dataset": dataset, "eval-dataset": eval_dataset, "task": task if task != "instruct" else None,
+             "mapping": mapping, "allow-mixture": "" if allow_mixture else None}
+    if isinstance(dataset, (str, Path)) and not any(isinstance(value, (list, dict)) for value in named.values()):
+        report = replace(report, source={flag: str(value) for flag, value in named.items() if value is not None})
     return with_examples(report, material, n_examples) if n_examples else report

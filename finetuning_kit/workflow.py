@@ -147,7 +147,9 @@ class FineTuned:
 
     def _repr_markdown_(self):
         files = markdown_table(["file", "what it is"], [(f"`{n}`", w) for n, w in self.places().items()])
-        return f"**{self.status}** after {self.run.n_steps} steps\n\n{self.table()}\n\n{files}"
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        parts = [f"**{self.status}** after {self.run.n_steps} steps", self.table(), notes, files]
+        return "\n\n".join(part for part in parts if part)
 
 
 LAYOUT = {

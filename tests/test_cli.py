@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_rows_are_shown_only_when_asked_for_and_secrets_never(typed, tmp_path):
     _, shown, _ = typed("validate", "--dataset", "rows.jsonl", "--examples", "2")
     assert "purple" not in quiet and "secrets" in quiet
     assert "ghp_" in shown and key[5:12] not in shown + quiet
-    code, out, _ = typed("clean", "--dataset", "rows.jsonl", "--output", "clean.jsonl", "--record", "done.jsonl")
+    code, out, _ = typed("clean", "--dataset", "rows.jsonl", "--output", "clean.jsonl", "--repair", "secrets")
     assert code == 0 and key[5:12] not in out
     written = (tmp_path / "clean.jsonl").read_text()
     assert key[5:12] not in written and "[TOKEN]" in written
@@ -175,8 +176,22 @@ def test_clean_writes_only_where_it_is_told_and_is_done_after_once(typed, tmp_pa
     _, out, _ = typed("clean", "--dataset", "clean.jsonl")
     assert "121 kept + 0 left out; 0 repaired" in " ".join(out.split())
     assert typed("validate", "--dataset", "clean.jsonl")[0] == 0
-    code, _, err = typed("clean", "--dataset", "rows.jsonl", "--drop", "rubbish")
-    assert code == 2 and "`drop` may hold schema" in err
+    for code in ("rubbish", "few_rows", "not_encoded"):
+        code, _, err = typed("clean", "--dataset", "rows.jsonl", "--drop", code)
+        assert code == 2 and "`drop` may hold schema" in err
+
+
+def test_the_suggested_command_can_be_pasted(typed, tmp_path):
+    (tmp_path / "my folder").mkdir()
+    keep(tmp_path / "my folder" / "the rows of 2024.jsonl", [*SOUND, SOUND[0], {"prompt": "And?", "completion": " "}])
+    keep(tmp_path / "test.jsonl", SOUND[:2])
+    _, out, _ = typed("validate", "--dataset", "my folder/the rows of 2024.jsonl", "--eval-dataset", "test.jsonl")
+    [line] = [line.strip() for line in out.splitlines() if line.strip().startswith("finetuning-kit clean")]
+    assert "leave out 4 rows" in " ".join(out.split())
+    _, *words = shlex.split(line)
+    code, shown, err = typed(*words)
+    assert code == 0 and "118 kept + 4 left out" in " ".join(shown.split()), err
+    assert typed("validate", "--dataset", words[-1], "--eval-dataset", "test.jsonl")[0] == 0
 
 
 # One judgement: what `validate` calls unfit, a dry run and a run refuse, and nothing else.
@@ -187,8 +202,8 @@ FILES = {
     "unasked": [*SOUND, {"prompt": " ", "completion": "Yes."}], "few": SOUND[:9], "a_long": [*SOUND, LONG],
     "mojibake": [*SOUND, {"prompt": "Or?", "completion": "Caf\u00c3\u00a9."}], "long": SOUND[:30] + [LONG] * 9,
     "schema": [*SOUND, {"prompt": "And?", "completion": 7}],
-    "chats": [{"messages": [{"role": "user", "content": f"Is {n} odd?"}, {"role": "assistant", "content": "Who knows."}]}
-              for n in range(40)],
+    "chats": [{"messages": [{"role": "user", "content": f"Is {n} odd?"},
+                            {"role": "assistant", "content": "Who knows."}]} for n in range(40)],
     "silent": [{"messages": [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": f"{n}?"}]}
                for n in range(40)],
     "two_systems": [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "system", "content": "Be rude."},
