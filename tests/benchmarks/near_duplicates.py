@@ -16,7 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
-from finetuning_kit.splitting import find_near_duplicates, normal_text
+from finetuning_kit.likeness import find_near_duplicates, normal_text
 
 THRESHOLD = 0.8
 
