@@ -192,7 +192,10 @@ def _draw_bars(axes, counts: Counter, title: str) -> None:
         shown.sort()
     rest = counts.total() - sum(count for _, count in shown)
     shown += [("others", rest)] * (rest > 0)
-    axes.barh([str(name)[-24:] for name, _ in shown], [count for _, count in shown], color="#3b6fb5", height=0.7)
+    hide = title == "labels"  # they are the rows' own words
+    names = [f"{n}." if hide else str(name)[-24:] for n, (name, _) in enumerate(shown, 1)]
+    axes.barh(range(len(shown)), [count for _, count in shown], color="#3b6fb5", height=0.7)
+    axes.set_yticks(range(len(shown)), names, parse_math=False)
     axes.set_ylim(max(len(shown), 4) - 0.4, -0.6)  # the first bar on top, two bars no thicker than four
     axes.set_title(title, fontsize=10, loc="left")
 
@@ -219,7 +222,7 @@ def draw_census(
         axes.locator_params(axis="x", nbins=4, integer=True)
     return figure
 
-
+# %% ../nbs/25_census.ipynb #c919dfc9
 def png(
     figure,  # a matplotlib Figure
     dpi: int = 72,  # dots per inch

@@ -11,18 +11,19 @@ from functools import partial
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['REPAIRS', 'MENDABLE', 'DROPS', 'UNSEEN', 'OF_SETS', 'DROPPABLE', 'ACROSS', 'Change', 'repair_text', 'repair_row',
-           'Cleaned', 'check_codes', 'part_rows', 'clean', 'save_cleaned']
+__all__ = ['REPAIRS', 'MENDABLE', 'DROPS', 'UNSEEN', 'OF_SETS', 'DROPPABLE', 'ACROSS', 'Change', 'repair_text', 'accepted',
+           'repair_row', 'Cleaned', 'check_codes', 'read_again', 'part_rows', 'clean', 'check_outputs', 'save_cleaned']
 
 # %% ../nbs/40_cleaning.ipynb #ac2c4dac
 from .converting import files_read, refuse_read
-from .ledger import DataError, Reject
-from .loading import load_records
-from .marks import AnyRecord, Mark, excerpt, mend_fully, replace_leaves, said_in
+from .ledger import DataError, Ledger, Reject
+from .loading import iter_records, load_records
+from .marks import AnyRecord, Mark, excerpt, leaf_paths, mend_fully, put_leaf, said_in
 from .privacy import cover
 from .records import Place, Row
 from .reports import CHECKS
 from .settings import FinetuningError, markdown_table
+from .shapes import Mapping
 from .validation import TEXT_CHECKS, Material, judge_rows, read_material, validate_dataset
 from .wording import find_cut
 from .writing import check_free, write_rows
@@ -72,22 +73,43 @@ def repair_text(
                 done.append(code)
     return text, tuple(dict.fromkeys(done))
 
+# %% ../nbs/40_cleaning.ipynb #c5b209b9
+def accepted(
+    old: AnyRecord,  # what a row said before one of its texts was changed
+    new: AnyRecord | None,  # what it says now; None: it is no record any more
+    repair: tuple[str, ...],  # checks whose faults are mended
+) -> list[tuple]:  # texts before and after; empty where the change was not what was wanted
+    "See whether a change to a row did to its record what a repair would do, and nothing else"
+    before, after = said_in(old), said_in(new) if new is not None else []
+    if [(said.field, said.role) for said in before] != [(said.field, said.role) for said in after]:
+        return []
+    changed = [(one, other) for one, other in zip(before, after) if one != other]
+    meant = all(repair_text(one.text, one.role, repair)[0] == repair_text(other.text, other.role, repair)[0]
+                for one, other in changed)
+    return changed if meant else []
+
 
 def repair_row(
     row: Row,  # a row
     record: AnyRecord,  # what it says
+    read,  # a row -> the record that it is, or None
     repair: tuple[str, ...] = REPAIRS,  # checks whose faults are mended
 ) -> tuple[Row, list[Change]]:  # the better row, and what was changed; the old row stays as it is
-    "Mend the texts of a row where they stand"
-    changes = []
-    for said in said_in(record):
-        better, codes = repair_text(said.text, said.role, repair)
-        if codes:
-            changes.append(Change(row.place, said.field, codes, said.text, better))
-    if not changes:
-        return row, []
-    data = replace_leaves(row.data, {change.before: change.after for change in changes})
-    return Row(data, row.place), changes if data != row.data else []
+    "Mend the texts of a row where they stand, one after the other, and read it again after each"
+    faulty = lambda record: {said.role for said in said_in(record) if repair_text(said.text, said.role, repair)[1]}
+    changes, roles = [], faulty(record)
+    for path, text in leaf_paths(row.data) if roles else ():
+        for role in sorted(roles):
+            better, codes = repair_text(text, role, repair)
+            if not codes:
+                continue
+            other = Row(put_leaf(row.data, path, better), row.place)
+            new = read(other)
+            if changed := accepted(record, new, repair):
+                changes += [Change(row.place, one.field, codes, one.text, two.text) for one, two in changed]
+                row, record = other, new
+                break
+    return row, changes
 
 # %% ../nbs/40_cleaning.ipynb #2586d6be
 DROPS = tuple(code for code, check in CHECKS.items() if check.cure == "drop")  # what goes unless told otherwise
@@ -138,11 +160,22 @@ def check_codes(
     name: str,  # the argument
 ) -> tuple[str, ...]:  # the names
     "Refuse a name that is no check"
+    if not isinstance(codes, (str, list, tuple, set, frozenset)):
+        raise FinetuningError(f"`{name}` must be a list of names, got {codes!r:.40}; an empty one does nothing")
     codes = (codes,) if isinstance(codes, str) else tuple(codes)
     wrong = [code for code in codes if code not in known]
     if wrong:
         raise FinetuningError(f"`{name}` may hold {', '.join(known)}, got {', '.join(map(repr, wrong))}")
     return codes
+
+# %% ../nbs/40_cleaning.ipynb #f41b1f9c
+def read_again(
+    row: Row,  # a row that was changed
+    mapping: Mapping,  # how rows are read
+    allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
+) -> AnyRecord | None:  # None: it is no record any more
+    "Read one row"
+    return next((record for _, record in iter_records([row], mapping, Ledger("skip"), allow_mixture)), None)
 
 # %% ../nbs/40_cleaning.ipynb #7e0b2fd4
 def part_rows(
@@ -161,7 +194,7 @@ def part_rows(
     kept = replace(material, rows=[material.rows[n] for n in stay], records=[material.records[n] for n in stay])
     return kept, dropped
 
-
+# %% ../nbs/40_cleaning.ipynb #09c0ae90
 def clean(
     dataset,  # rows in any form that `read_rows` takes
     repair: tuple[str, ...] = REPAIRS,  # checks whose faults are mended; `MENDABLE` lists those that can be
@@ -176,8 +209,9 @@ def clean(
     read = read_material(dataset, mapping, allow_mixture)
     held_out = [] if eval_dataset is None else load_records(eval_dataset, read.mapping, allow_mixture=allow_mixture)
     n_good, rows, changes = len(read.rows) - read.n_unread, [], []
+    again = partial(read_again, mapping=read.mapping, allow_mixture=allow_mixture)
     for row, record in zip(read.rows[:n_good], read.records):
-        better, done = repair_row(row, record, repair) if record is not None else (row, [])
+        better, done = repair_row(row, record, again, repair) if record is not None else (row, [])
         rows.append(better)
         changes += done
     judged = partial(judge_rows, held_out=held_out, task=task)
@@ -189,20 +223,34 @@ def clean(
     return Cleaned(kept.rows, gone, changes, len(read.rows))
 
 # %% ../nbs/40_cleaning.ipynb #1a8bd9fe
+def check_outputs(
+    output: str | Path,  # file for the rows that stay
+    record: str | Path | None = None,  # file for what was done, JSON Lines; None: none
+    sources: tuple = (),  # what is read: data sets, in any form that `read_rows` takes
+    overwrite: bool = False,  # True: files that are there are replaced
+) -> None:  # nothing where both may be written
+    "Refuse to write over what is read, or one file over the other, before anything is done"
+    read = [file for source in sources for file in files_read(source)]
+    for path in map(Path, filter(None, (output, record))):
+        check_free(path, overwrite)
+        refuse_read(path, read)
+    if record is not None and (Path(record).suffix not in (".jsonl", ".ndjson")):
+        raise FinetuningError(f"{record}: the record is written as JSON Lines; let its name end in .jsonl")
+    if record is not None and Path(record).resolve() == Path(output).resolve():
+        raise FinetuningError(f"{record}: rows and record cannot go into one file; name another for the record")
+
+
 def save_cleaned(
     done: Cleaned,  # what `clean` gave
     output: str | Path,  # file for the rows that stay; its ending says how it is written
-    record: str | Path | None = None,  # file for what was done, a line of JSON each; None: none
-    source=None,  # what was read, which must not be written to
+    record: str | Path | None = None,  # file for what was done, JSON Lines; None: none
+    sources: tuple = (),  # what was read, and must not be written over
     overwrite: bool = False,  # True: files that are there are replaced
 ) -> int:  # rows written
     "Write the rows that stay, and the record of what was done"
-    for path in filter(None, (output, record)):
-        check_free(Path(path), overwrite, source)
-        refuse_read(Path(path), files_read(source))
+    check_outputs(output, record, sources, overwrite)
     if not done.rows:
         raise DataError("no_rows", f"no row is left ({done}), and nothing was written")
-    n_rows = write_rows((row.data for row in done.rows), output, overwrite)
     if record is not None:
         write_rows(done.record() or [{"what": "nothing"}], record, overwrite)
-    return n_rows
+    return write_rows((row.data for row in done.rows), output, overwrite)

@@ -278,10 +278,10 @@ def run_validate(
     if options["max_seq_length"] is not None and options["model"] is None:
         raise FinetuningError("--max-seq-length counts tokens, which takes a tokenizer; name one with --model")
     config, _ = starting_point(None, options["model"])
-    longest = config.max_seq_length if options["max_seq_length"] is None else options["max_seq_length"]
+    config = config.replace(**{name: options[name] for name in ("max_seq_length",) if options[name] is not None})
     report = validate_dataset(
         **{name: options[name] for name in ROWS}, model=options["model"], formatter=formatter_of(config),
-        max_seq_length=longest, benchmark=options["benchmark"], n_examples=options["examples"])
+        max_seq_length=config.max_seq_length, benchmark=options["benchmark"], n_examples=options["examples"])
     if options["json"]:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
         return report.exit_code
@@ -314,20 +314,23 @@ def run_clean(
     options: dict,  # what the command line gave
 ) -> int:  # exit code
     "Repair what can be repaired, and leave out what cannot"
-    from finetuning_kit.cleaning import clean, save_cleaned
-    from finetuning_kit.writing import check_free
+    from finetuning_kit.cleaning import check_outputs, clean, save_cleaned
+    from finetuning_kit.settings import FinetuningError
 
     lists = {name: tuple(filter(None, options[name].replace(" ", "").split(","))) for name in ("repair", "drop")}
-    for name in ("output", "record"):
-        if options[name]:
-            check_free(Path(options[name]), options["overwrite"], options["dataset"])
+    where = [options[name] for name in ("output", "record")]
+    read = options["dataset"], options["eval_dataset"], (options["mapping"] or "").rpartition(":")[0]
+    if where[1] and not where[0]:
+        raise FinetuningError("--record tells what was done to the rows in --output; name both")
+    if where[0]:
+        check_outputs(*where, read, options["overwrite"])
     done, screen = clean(**{name: options[name] for name in ROWS}, **lists), Screen()
     if done.changes and options["diff"]:
         screen.line("repairs", done.diff(options["diff"]))
     screen.line("rows", str(done))
-    if options["output"]:
-        save_cleaned(done, options["output"], options["record"], options["dataset"], options["overwrite"])
-        screen.line("wrote", " and ".join(filter(None, (options["output"], options["record"]))))
+    if where[0]:
+        save_cleaned(done, *where, read, options["overwrite"])
+        screen.line("wrote", " and ".join(filter(None, where)))
     else:
         screen.line("", "nothing was written; name a file with --output")
     return 0

@@ -13,27 +13,20 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['TURN_KEYS', 'CALL', 'PLAIN_STYLE', 'SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'RowError', 'nearest_name',
-           'TurnStyle', 'turn_fields', 'check_keys', 'read_role', 'from_json', 'read_calls', 'read_parts', 'read_turn',
-           'read_turns', 'read_tools', 'read_conversation', 'to_messages', 'show_message', 'user_text', 'to_sample',
-           'tools_of', 'DatasetFormatter', 'AlpacaFormatter', 'InstructionFormatter', 'CompletionFormatter',
-           'ChatFormatter', 'openai_turn', 'ShareGPTFormatter', 'sharegpt_turn', 'locate_answer', 'formatter_for']
+__all__ = ['TURN_KEYS', 'CALL', 'PLAIN_STYLE', 'SHAREGPT_ROLES', 'ANSWER_MARKER', 'FORMATTERS', 'nearest_name', 'TurnStyle',
+           'turn_fields', 'check_keys', 'read_role', 'from_json', 'read_calls', 'read_parts', 'read_turn', 'read_turns',
+           'read_tools', 'read_conversation', 'to_messages', 'show_message', 'user_text', 'to_sample', 'tools_of',
+           'DatasetFormatter', 'AlpacaFormatter', 'InstructionFormatter', 'CompletionFormatter', 'ChatFormatter',
+           'openai_turn', 'ShareGPTFormatter', 'sharegpt_turn', 'locate_answer', 'formatter_for']
 
 # %% ../nbs/09_formatting.ipynb #9d073368
 from .config import DatasetFormat
+from .ledger import RowError
 from .records import Conversation, Message, TrainingSample, canonical_role
 from .settings import FinetuningError
-from .strict_json import Refused, StrictDecoder, find_bad_escape, find_refused, kind_of
+from .strict_json import LIMITS, Refused, StrictDecoder, find_bad_escape, find_deep, find_refused, kind_of
 
 # %% ../nbs/09_formatting.ipynb #91b08cc9
-class RowError(FinetuningError):
-    "A row that cannot be read, with a code for programs; whoever knows the row's place adds it"
-
-    def __init__(self, code: str, problem: str):  # such as "missing_key"; what is wrong and what to do
-        super().__init__(problem)
-        self.code, self.problem = code, problem
-
-
 @lru_cache(maxsize=1024)
 def nearest_name(
     name: str,  # a column, or a key of a turn
@@ -142,6 +135,8 @@ def from_json(
         found, fault = None, find_refused(value)
     except (ValueError, RecursionError):
         raise RowError("not_json", f"{what} must be JSON, and is not; write an object {{...}} or a list") from None
+    if value.count("[") + value.count("{") > LIMITS.nesting and find_deep(value, 0, LIMITS.nesting) is not None:
+        raise RowError("nesting", f"{what} nest deeper than {LIMITS.nesting} brackets; a call needs only a few levels")
     if fault or decoder.n_rounded:
         raise RowError(*fault[1:3] if fault else (
             "rounded_number", f"{what} hold a number with more digits than a float does; write it as text"))

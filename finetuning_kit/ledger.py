@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['N_KEPT', 'N_SHOWN', 'FATES', 'DataError', 'Notice', 'Reject', 'Findings', 'Ledger', 'reject_lines', 'RejectedRows',
-           'balance', 'balance_line', 'ledger_text', 'ledger_markdown', 'ledger_html', 'RejectsFile', 'reject_line']
+__all__ = ['N_KEPT', 'N_SHOWN', 'FATES', 'DataError', 'RowError', 'Notice', 'Reject', 'Findings', 'Ledger', 'reject_lines',
+           'RejectedRows', 'balance', 'balance_line', 'ledger_text', 'ledger_markdown', 'ledger_html', 'RejectsFile',
+           'reject_line']
 
 # %% ../nbs/04_ledger.ipynb #95899f7c
 from .records import Place
@@ -35,6 +36,14 @@ class DataError(FinetuningError):
         where = "" if place is None else f"{place}:{column}: " if column else f"{place}: "
         super().__init__(f"{where}{code}: {problem}")
         self.code, self.problem, self.place, self.column = code, problem, place, column
+
+
+class RowError(FinetuningError):
+    "A row that cannot be read, with a code for programs; whoever knows the row's place adds it"
+
+    def __init__(self, code: str, problem: str):  # such as "missing_key"; what is wrong and what to do
+        super().__init__(problem)
+        self.code, self.problem = code, problem
 
 # %% ../nbs/04_ledger.ipynb #b2cbae59
 N_KEPT = 1000  # places and rejects that are remembered one by one; all are counted

@@ -20,8 +20,8 @@ __all__ = ['N_LOOKED', 'BUILDERS', 'NOTICES', 'check_value', 'check_names', 'sam
 
 # %% ../nbs/12_loading.ipynb #9a2d73f0
 from .formatting import (
-    RowError, TurnStyle, nearest_name, read_conversation, read_tools, read_turns, to_messages)
-from .ledger import DataError, Ledger
+    TurnStyle, nearest_name, read_conversation, read_tools, read_turns, to_messages)
+from .ledger import DataError, Ledger, RowError
 from .mappings import read_mapping
 from .reading import iter_rows
 from .records import (

@@ -16,7 +16,8 @@ __all__ = ['LLAMA_FACTORY_COLUMNS', 'AXOLOTL_TYPES', 'AXOLOTL_PAIRS', 'AXOLOTL_K
            'AxolotlStyle', 'cut_parts', 'weigh', 'axolotl_mapping', 'refuse_roles', 'read_mapping']
 
 # %% ../nbs/11_mappings.ipynb #f7fa848c
-from .formatting import CALL, PLAIN_STYLE, RowError, TurnStyle, nearest_name
+from .formatting import CALL, PLAIN_STYLE, TurnStyle, nearest_name
+from .ledger import RowError
 from .records import Message
 from .settings import FinetuningError, value_words
 from .shapes import FORMATS, Mapping, listed

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 # %% auto #0
 __all__ = ['AnyRecord', 'N_ROUNDS', 'Said', 'turns_said', 'leaves', 'said_in', 'answers_of', 'Mark', 'settle_marks', 'mend',
-           'mend_fully', 'visible', 'letter_name', 'excerpt', 'blot_out', 'mark_text', 'mark_html', 'replace_leaves']
+           'mend_fully', 'visible', 'letter_name', 'excerpt', 'blot_out', 'mark_text', 'mark_html', 'leaf_paths',
+           'put_leaf']
 
 # %% ../nbs/19_marks.ipynb #ea729bb7
 from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
@@ -196,13 +197,26 @@ def mark_html(
     return "<br>".join(lines)
 
 # %% ../nbs/19_marks.ipynb #d193ffed
-def replace_leaves(
+def leaf_paths(
     value,  # nested data
-    changes: dict[str, str],  # a text -> the better one
-):  # the same data with the changed texts; nothing is changed in place
-    "Exchange texts inside nested data"
+    path: tuple = (),  # where `value` stands in it
+) -> list[tuple[tuple, str]]:  # for each text, the names and numbers that lead to it, and the text
+    "List the texts inside nested data with their places"
     if isinstance(value, str):
-        return changes.get(value, value)
+        return [(path, value)]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return [leaf for name, item in items for leaf in leaf_paths(item, (*path, name))]
+
+
+def put_leaf(
+    value,  # nested data
+    path: tuple,  # where a text stands in it
+    text: str,  # what should stand there
+):  # the same data with the better text; nothing is changed in place
+    "Exchange one text inside nested data"
+    if not path:
+        return text
+    name, *rest = path
     if isinstance(value, dict):
-        return {name: replace_leaves(item, changes) for name, item in value.items()}
-    return [replace_leaves(item, changes) for item in value] if isinstance(value, (list, tuple)) else value
+        return {**value, name: put_leaf(value[name], tuple(rest), text)}
+    return [put_leaf(item, tuple(rest), text) if n == name else item for n, item in enumerate(value)]

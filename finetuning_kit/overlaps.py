@@ -147,6 +147,8 @@ def find_leaks(
     held_out: list[AnyRecord],  # rows kept for evaluation
 ) -> dict[int, int]:  # position of a training row -> position of a held-out row that it gives away
     "Find the training rows that answer a held-out question"
+    if not held_out:
+        return {}
     whole, deep = {}, {}
     for n, record in enumerate(held_out):
         keys = question_keys(record)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 __all__ = ['entropy', 'find_secrets', 'luhn_ok', 'iban_ok', 'find_personal', 'redact', 'cover']
 
 # %% ../nbs/21_privacy.ipynb #eeeeaecd
+from .letters import find_hidden
 from .marks import Mark, blot_out, mend, mend_fully, settle_marks
 
 # %% ../nbs/21_privacy.ipynb #d3801b5e
@@ -407,5 +408,9 @@ def redact(
 def cover(
     text: str,  # any text
 ) -> str:  # as long as before; of every secret and everything personal the first four characters are left
-    "Blot out what must not be seen, so that the rest can be shown"
-    return blot_out(text, [*find_secrets(text), *find_personal(text)])
+    "Blot out what must not be seen, so that the rest can be shown; invisible characters in a secret do not save it"
+    hidden = {n for mark in find_hidden(text) for n in range(mark.start, mark.end)}
+    places = [n for n in range(len(text)) if n not in hidden] if hidden else range(len(text))
+    bare = "".join(text[n] for n in places) if hidden else text
+    marks = [*find_secrets(bare), *find_personal(bare)]
+    return blot_out(text, [Mark(places[mark.start], places[mark.end - 1] + 1, mark.what) for mark in marks])

@@ -53,7 +53,7 @@ class ReviewState:
         mapping=None,  # how the columns are read; None: find out
         allow_mixture: bool = False,  # True: rows of several shapes are read, each by its own
     ):
-        self.dataset, self.task = dataset, task
+        self.sources, self.task = (dataset, eval_dataset), task
         self.before = read_material(dataset, mapping, allow_mixture)
         self.how = {"mapping": self.before.mapping, "allow_mixture": allow_mixture}
         self.held_out = None if eval_dataset is None else load_records(eval_dataset, **self.how)
@@ -128,7 +128,7 @@ def save_review(
     "Write the rows that stay, and beside them the record of what was done"
     path = Path(path)
     record = path.with_name(f"{path.stem}_record.jsonl")
-    return save_cleaned(review.cleaned, path, record, review.dataset, overwrite)
+    return save_cleaned(review.cleaned, path, record, review.sources, overwrite)
 
 
 Review.save = save_review

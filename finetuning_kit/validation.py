@@ -220,6 +220,9 @@ def find_in_tokens(
 ) -> tuple[Found, list[int]]:  # rows refused or too long; tokens of each record, 0 where it was refused
     "Run the checks that need a tokenizer"
     tokenizer = load_tokenizer(model) if isinstance(model, str) else model
+    if not hasattr(tokenizer, "backend_tokenizer") or not isinstance(max_seq_length, int) or max_seq_length < 2:
+        raise FinetuningError("`model` must be a name, a folder or a fast tokenizer, and `max_seq_length` at least 2, "
+                              f"got {model!r:.60} and {max_seq_length!r:.20}")
     encoded = encode_batch(tokenizer, [record for _, record in records], formatter)
     found, rows = Found(), [n for n, _ in records]
     lengths = [row.n_tokens if isinstance(row, EncodedRow) else 0 for row in encoded]
@@ -239,7 +242,7 @@ def told(
 ) -> str:  # the three commonest
     "Tell why rows are refused, the same for any order of the rows"
     ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    return "; ".join(f"{reason} ({count})" for reason, count in ranked[:3])
+    return cover("; ".join(f"{reason} ({count})" for reason, count in ranked[:3]))
 
 # %% ../nbs/39_validation.ipynb #0d3a41ee
 def unused_columns(
@@ -301,7 +304,9 @@ def find_in_rows(
     same = {n for n in bad if id(rows[n].data) in equal}
     found.add("equal_pair", sorted(same.union(found.faults.get("equal_pair", ()))))
     unused = [unused_columns(row.data, material.mapping) for row in rows]
-    named = ", ".join(f"`{name}`" for name in sorted(set().union(*unused)))
+    names = sorted(set().union(*unused))
+    more = f" and {len(names) - 8} more" * (len(names) > 8)
+    named = ", ".join(f"`{visible(cover(name)):.40}`" for name in names[:8]) + more
     hit = [n for n, names in enumerate(unused) if names]
     everywhere = unused and all(names == unused[hit[0]] for names in unused) if hit else False
     found.add("unused_columns", hit, f"not used: {named}", "note" if everywhere else "")
@@ -407,7 +412,9 @@ def validate_dataset(
     over_length: str | None = None,  # what training will do with longer rows; None: nobody has chosen
 ) -> Report:  # what is wrong, where, and what to do
     "Judge a data set before a model sees it"
-    if task not in MIN_WORDS:
+    if not isinstance(n_examples, int) or n_examples < 0:
+        raise FinetuningError(f"`n_examples` must be a whole number of 0 or more, got {n_examples!r:.40}")
+    if not isinstance(task, str) or task not in MIN_WORDS:
         raise FinetuningError(f"`task` must be one of {', '.join(MIN_WORDS)}, got {task!r}")
     material = read_material(dataset, mapping, allow_mixture)
     held_out = [] if eval_dataset is None else load_records(eval_dataset, material.mapping, allow_mixture=allow_mixture)

@@ -181,6 +181,72 @@ def test_clean_writes_only_where_it_is_told_and_is_done_after_once(typed, tmp_pa
         assert code == 2 and "`drop` may hold schema" in err
 
 
+KEY = "ghp_" + "a1B2c3D4e5" * 4  # of the right shape, and nobody's
+ASK = {"role": "user", "content": "log in"}
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": json.dumps({"t": KEY[:40]})}}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "Use "}, {"type": "text", "text": KEY[:40]}]},
+    {"role": "assistant", "content": f"Use {KEY[:40]}."}])
+def test_what_the_record_says_was_mended_is_mended_in_the_file(typed, tmp_path, turn):
+    more = [{"role": "tool", "name": "f", "content": "ok"}] if "tool_calls" in turn else [ASK]
+    keep(tmp_path / "rows.jsonl", [{"messages": [ASK, turn, *more, {"role": "assistant", "content": "Done.\n"}]}])
+    words = "clean --dataset rows.jsonl --repair secrets,stray_blanks --output clean.jsonl --record done.jsonl"
+    code, out, _ = typed(*words.split())
+    written, record = (Path(name).read_text() for name in ("clean.jsonl", "done.jsonl"))
+    assert code == 0 and "[TOKEN]" in written and KEY[:40] not in written and KEY[5:12] not in out
+    assert [json.loads(line)["codes"] for line in record.splitlines()] == [["secrets"], ["stray_blanks"]]
+
+
+def test_a_text_is_mended_where_it_is_wrong_and_nowhere_else(tmp_path):
+    from finetuning_kit.cleaning import clean
+
+    row = {"messages": [{"role": "user", "content": "say it "}, {"role": "assistant", "content": "say it "}],
+           "note": "say it "}
+    [better] = clean([row]).rows
+    said = [turn["content"] for turn in better.data["messages"]]
+    assert said == ["say it ", "say it"] and better.data["note"] == "say it "
+    odd = [{"role": "user", "content": "x\u200by "}, {"role": "assistant", "content": "x\u200by "}] * 2
+    once = clean([{"messages": odd}]).rows
+    assert clean([each.data for each in once]).rows[0].data == once[0].data
+    assert [turn["content"] for turn in once[0].data["messages"]] == ["xy ", "xy"] * 2
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("--output", "z.jsonl", "--record", "sub/../z.jsonl"), "cannot go into one file"),
+    (("--output", "test.jsonl", "--eval-dataset", "test.jsonl"), "being read"),
+    (("--output", "z.jsonl", "--record", "test.jsonl", "--eval-dataset", "test.jsonl"), "being read"),
+    (("--output", "z.jsonl", "--record", "z.csv"), "let its name end in .jsonl"),
+    (("--record", "z.jsonl"), "name both"),
+    (("--diff", "-1"), "0 or more"), (("--repair", "schema"), "`repair` may hold")])
+def test_clean_refuses_before_anything_is_written(typed, tmp_path, words, sentence):
+    (tmp_path / "sub").mkdir()
+    keep(tmp_path / "rows.jsonl", SOUND), keep(tmp_path / "test.jsonl", SOUND[:2])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    code, _, err = typed("clean", "--dataset", "rows.jsonl", "--overwrite", *words)
+    assert code == 2 and sentence in err, err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_nothing_that_a_terminal_obeys_and_no_secret_is_printed(typed, tmp_path):
+    keep(tmp_path / "rows.jsonl", [*SOUND, {**SOUND[0], "c\x1b[31mred": 1, KEY[:40]: 2},
+                                   {"prompt": "Which?", "completion": f"my {KEY[:8]}\u200b{KEY[8:40]}"}])
+    for words in (("validate", "--examples", "9"), ("clean",), ("validate", "--json")):
+        _, out, _ = typed(*words, "--dataset", "rows.jsonl")
+        assert "\x1b" not in out and KEY[12:24] not in out, out
+
+
+def test_deep_arguments_are_a_fault_of_the_row(typed, tmp_path):
+    call = {"name": "f", "arguments": '{"a": ' + "[" * 900 + "]" * 900 + "}"}
+    keep(tmp_path / "rows.jsonl", [{"messages": [ASK, {"role": "assistant", "tool_calls": [call]}]}])
+    for command in (("validate",), ("clean",), ("train", "--base-model", "pocket", "--dry-run")):
+        code, out, err = typed(*command, "--dataset", "rows.jsonl")
+        assert "nest deeper than 64" in " ".join((out + err).split()) or code == 0, (command, out, err)
+        assert "unexpected" not in err
+
+
 def test_the_suggested_command_can_be_pasted(typed, tmp_path):
     (tmp_path / "my folder").mkdir()
     keep(tmp_path / "my folder" / "the rows of 2024.jsonl", [*SOUND, SOUND[0], {"prompt": "And?", "completion": " "}])

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuning_kit.formatting import ChatFormatter, RowError, read_turns, to_messages
+from finetuning_kit.formatting import ChatFormatter, read_turns, to_messages
+from finetuning_kit.ledger import RowError
 from finetuning_kit.ledger import DataError, Ledger
 from finetuning_kit.loading import RowReader, iter_records, load_records
 from finetuning_kit.mappings import read_mapping
