@@ -12,7 +12,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['REPAIRS', 'MENDABLE', 'DROPS', 'UNSEEN', 'OF_SETS', 'DROPPABLE', 'ACROSS', 'Change', 'repair_text', 'accepted',
-           'repair_row', 'Cleaned', 'check_codes', 'read_again', 'part_rows', 'clean', 'check_outputs', 'save_cleaned']
+           'repair_leaves', 'repair_row', 'Cleaned', 'check_codes', 'read_again', 'part_rows', 'clean', 'check_outputs',
+           'save_cleaned']
 
 # %% ../nbs/40_cleaning.ipynb #ac2c4dac
 from .converting import files_read, refuse_read
@@ -88,6 +89,26 @@ def accepted(
                 for one, other in changed)
     return changed if meant else []
 
+# %% ../nbs/40_cleaning.ipynb #db8eed1e
+def repair_leaves(
+    row: Row,  # a row
+    record: AnyRecord,  # what it says
+    read,  # a row -> the record that it is, or None
+    repair: tuple[str, ...],  # checks whose faults are mended
+) -> tuple[Row, AnyRecord, list[Change]]:  # the better row, what it says, and each step on the way
+    "Mend the texts of a row where they stand, one after the other, and read it again after each"
+    roles = {said.role for said in said_in(record) if repair_text(said.text, said.role, repair)[1]}
+    steps = []
+    for path, text in leaf_paths(row.data) if roles else ():
+        for role in sorted(roles):
+            better, codes = repair_text(text, role, repair)
+            other = Row(put_leaf(row.data, path, better), row.place)
+            new = read(other) if codes else record
+            if changed := accepted(record, new, repair):
+                steps += [Change(row.place, one.field, codes, one.text, two.text) for one, two in changed]
+                row, record, text = other, new, better
+    return row, record, steps
+
 
 def repair_row(
     row: Row,  # a row
@@ -95,21 +116,15 @@ def repair_row(
     read,  # a row -> the record that it is, or None
     repair: tuple[str, ...] = REPAIRS,  # checks whose faults are mended
 ) -> tuple[Row, list[Change]]:  # the better row, and what was changed; the old row stays as it is
-    "Mend the texts of a row where they stand, one after the other, and read it again after each"
-    faulty = lambda record: {said.role for said in said_in(record) if repair_text(said.text, said.role, repair)[1]}
-    changes, roles = [], faulty(record)
-    for path, text in leaf_paths(row.data) if roles else ():
-        for role in sorted(roles):
-            better, codes = repair_text(text, role, repair)
-            if not codes:
-                continue
-            other = Row(put_leaf(row.data, path, better), row.place)
-            new = read(other)
-            if changed := accepted(record, new, repair):
-                changes += [Change(row.place, one.field, codes, one.text, two.text) for one, two in changed]
-                row, record = other, new
-                break
-    return row, changes
+    "Mend a row until a second look changes nothing, and tell one change for each of its texts"
+    changes, steps = {}, True
+    while steps:
+        row, record, steps = repair_leaves(row, record, read, repair)
+        for step in steps:
+            first = changes.get(step.field, step)
+            codes = tuple(dict.fromkeys(first.codes + step.codes))
+            changes[step.field] = Change(row.place, step.field, codes, first.before, step.after)
+    return row, list(changes.values())
 
 # %% ../nbs/40_cleaning.ipynb #2586d6be
 DROPS = tuple(code for code, check in CHECKS.items() if check.cure == "drop")  # what goes unless told otherwise
