@@ -13,15 +13,15 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['ROW_CHECKS', 'TEXT_CHECKS', 'N_NEAR', 'N_LONG', 'is_short', 'copies_question', 'marks_of', 'find_in_texts', 'Found',
-           'find_across', 'find_in_set', 'find_in_tokens', 'told', 'unused_columns', 'Material', 'read_material',
-           'find_in_rows', 'example_of', 'with_examples', 'watched', 'shared_runs', 'find_shared', 'judge_rows',
-           'validate_dataset']
+           'find_across', 'find_in_set', 'find_in_tokens', 'told', 'check_held_out', 'unused_columns', 'Material',
+           'read_material', 'find_in_rows', 'example_of', 'with_examples', 'watched', 'shared_runs', 'find_shared',
+           'judge_rows', 'validate_dataset']
 
 # %% ../nbs/39_validation.ipynb #4583ca3e
 from .census import Census, balance_words, find_labels, size_words, system_words, take_census
 from .encoding import EncodedRow
 from .formatting import DatasetFormatter
-from .ledger import Ledger, Reject
+from .ledger import DataError, Ledger, Reject
 from .letters import find_blanks, find_blob, find_hidden, find_lost, find_markup, find_misread
 from .loading import iter_records, load_records
 from .mappings import read_mapping
@@ -244,6 +244,19 @@ def told(
     ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return cover("; ".join(f"{reason} ({count})" for reason, count in ranked[:3]))
 
+# %% ../nbs/39_validation.ipynb #6e12e9bc
+def check_held_out(
+    held_out: list[AnyRecord],  # the evaluation set
+    **tokens,  # as for `find_in_tokens`
+) -> None:  # nothing where training could evaluate on it
+    "Refuse an evaluation set of which a row cannot be encoded, or every row is too long"
+    found, _ = find_in_tokens(list(enumerate(held_out)), **tokens)
+    if refused := found.faults.get("not_encoded"):
+        raise DataError("not_encoded", f"{len(refused)} of {len(held_out)} rows of the evaluation set: "
+                        f"{found.details['not_encoded']}; mend them, or leave them out")
+    if len(found.faults.get("too_long", ())) == len(held_out):
+        raise DataError("too_long", f"all rows of the evaluation set are {found.details['too_long']}")
+
 # %% ../nbs/39_validation.ipynb #0d3a41ee
 def unused_columns(
     data: dict,  # a row's columns and values
@@ -370,7 +383,7 @@ def find_shared(
     found.add("contamination", [records[m][0] for m in shared.rows], str(shared))
     return found
 
-
+# %% ../nbs/39_validation.ipynb #c795dff3
 def judge_rows(
     material: Material,  # rows and records
     held_out: list[AnyRecord] = (),  # the evaluation set
@@ -385,6 +398,8 @@ def judge_rows(
     marked, cures = find_in_texts(watched(good, "looking into texts", progress))
     parts.append(Found(marked, cures=cures))
     if tokens is not None:
+        if held_out:
+            check_held_out(held_out, **tokens)
         part, lengths = find_in_tokens(good, **tokens)
         parts.append(part)
     if benchmark is not None:

@@ -287,6 +287,17 @@ def test_validate_and_a_dry_run_agree(typed, tmp_path, name):
     assert not (tmp_path / "output").exists() and "Traceback" not in err
 
 
+@pytest.mark.parametrize("name, held_out", [
+    ("sound", [LONG] * 3), ("sound", SOUND[:2]), ("sound", [LONG, *FILES["chats"]]),
+    ("few", [{"prompt": "And?", "completion": "Yes."}])])
+def test_validate_and_a_dry_run_agree_on_evaluation_sets(typed, tmp_path, name, held_out):
+    keep(tmp_path / "rows.jsonl", FILES[name]), keep(tmp_path / "test.jsonl", held_out)
+    words = "--dataset", "rows.jsonl", "--eval-dataset", "test.jsonl"
+    verdict, out, _ = typed("validate", *words, "--model", "pocket")
+    rehearsal, shown, err = typed("train", "--base-model", "pocket", *words, "--dry-run")
+    assert (verdict == 2) == (rehearsal == 2), (verdict, out, rehearsal, shown, err)
+
+
 def test_a_run_refuses_what_a_dry_run_refuses(typed, tmp_path):
     for name in ("unasked", "long"):
         keep(tmp_path / "rows.jsonl", FILES[name])
