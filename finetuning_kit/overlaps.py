@@ -49,14 +49,10 @@ def record_key(
 
 def find_copies(
     keys: list[str],  # one key a record
-) -> list[int]:  # positions of all but the first record of each key
+) -> dict[int, int]:  # position of a copy -> the first record with its key
     "Find the records whose key has been seen before"
-    seen, copies = set(), []
-    for n, key in enumerate(keys):
-        if key in seen:
-            copies.append(n)
-        seen.add(key)
-    return copies
+    first = {}
+    return {n: earlier for n, key in enumerate(keys) if (earlier := first.setdefault(key, n)) != n}
 
 # %% ../nbs/23_overlaps.ipynb #cc21b055
 NEAR_COPY = 0.8  # share of pieces from which two rows are near copies

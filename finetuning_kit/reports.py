@@ -212,9 +212,11 @@ def next_step(
     does = [f"{verb} {n} row{'s' * (n != 1)}" for verb, n in (("mend", n_mended), ("leave out", n_dropped)) if n]
     how = "with the command below" if report.source else "with `clean(rows)`"
     steps += [f"{' and '.join(does)} {how}"] if does else []
-    looks = [each.code for each in left if each not in grave]
+    looks, minds = ([each.code for each in left if each not in grave and bool(each.places) is placed]
+                    for placed in (True, False))
     some = ", ".join(looks[:3]) + " and others" * (len(looks) > 3)
     steps += [f"look at the rows under {some}" + " (`--examples 3` shows them)" * bool(report.source)] if looks else []
+    steps += [f"mind what is said of the whole set ({', '.join(minds)})"] if minds else []
     return "; then ".join([*steps, "train"])
 
 # %% ../nbs/38_reports.ipynb #b8a75a91
@@ -314,13 +316,14 @@ Report.to_dict, Report.__str__, Report._repr_markdown_, Report._repr_html_ = (
 def build_report(
     places: list[str],  # one place a row
     faults: dict[str, list[int]],  # code -> positions of the rows with that fault
-    details: dict[str, str] = {},  # code -> a message that says more than the check's own
-    severities: dict[str, str] = {},  # code -> a severity other than the check's own
+    details: dict[str, str] | None = None,  # code -> a message that says more than the check's own
+    severities: dict[str, str] | None = None,  # code -> a severity other than the check's own
     whole: frozenset[str] = frozenset(),  # codes that are about the set, so that naming every row would say nothing
-    cures: dict[str, list[int]] = {},  # code of a check that mends -> rows that can be mended, if it is not all of them
-    twins: dict[str, dict[int, int]] = {},  # code -> position of a row -> the earlier row that it resembles
+    cures: dict[str, list[int]] | None = None,  # code of a check that mends -> rows that can be mended; None: all
+    twins: dict[str, dict[int, int]] | None = None,  # code -> position of a row -> the earlier row that it resembles
 ) -> Report:  # findings, the gravest first
     "Turn faults into findings, and count the rows without an error"
+    details, severities, cures, twins = (given or {} for given in (details, severities, cures, twins))
     findings = [Finding(code, severities.get(code, check.severity), len(faults[code]),
                         [] if code in whole else [places[n] for n in faults[code]],
                         details.get(code, check.message), check.fix,

@@ -27,9 +27,9 @@ from .loading import iter_records, load_records
 from .mappings import read_mapping
 from .marks import AnyRecord, Mark, answers_of, mark_text, said_in, visible
 from .models import load_tokenizer
-from finetuning_kit.overlaps import (
-    Contamination, find_contamination, find_contradictions, find_leaks, find_near_copies, find_near_leaks, record_key,
-    whole_text)
+from .overlaps import (
+    Contamination, find_contamination, find_contradictions, find_copies, find_leaks, find_near_copies,
+    find_near_leaks, record_key, whole_text)
 from .privacy import cover, find_personal, find_secrets
 from .reading import read_rows
 from .records import Document, Feedback, PreferencePair, Row
@@ -151,8 +151,7 @@ def find_across(
 ) -> Found:  # copies, contradictions, leaks
     "Run the checks that compare rows with each other and with the evaluation set"
     found, plain, rows = Found(), [record for _, record in records], [n for n, _ in records]
-    first, texts = {}, list(map(whole_text, plain))
-    copies = {m: one for m, key in enumerate(map(record_key, plain)) if (one := first.setdefault(key, m)) != m}
+    texts, copies = list(map(whole_text, plain)), find_copies(list(map(record_key, plain)))
     fresh = [m for m in range(len(plain)) if m not in copies]
     put = lambda code, hits, *more: found.add(code, [rows[m] for m in sorted(hits)], *more)
     leaks = find_leaks(plain, held_out)
