@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'rows_fingerprint', 'allowed_faults', 'fit_rows', 'formatter_of', 'refuse_long', 'encode_rows', 'part_pairs',
-           'PreparedData', 'read_pairs', 'read_part', 'refuse_preferences', 'refuse_nothing', 'skip_rows', 'data_notes',
-           'shared_notes', 'prepare_data']
+           'encode_held_out', 'PreparedData', 'read_pairs', 'read_part', 'refuse_preferences', 'refuse_nothing',
+           'skip_rows', 'data_notes', 'shared_notes', 'prepare_data']
 
 # %% ../nbs/42_pipeline.ipynb #8c0b4f9f
 import hashlib
@@ -137,6 +137,23 @@ def part_pairs(
         ledger.note("nothing_held_out", f"{error.problem}; so all rows are trained on, and nothing is evaluated")
         return pairs, []
 
+
+def encode_held_out(
+    config: FineTuningConfig,  # resolved settings
+    tokenizer,  # the base model's tokenizer
+    rows: list[tuple],  # rows with their records
+    ledger: Ledger,  # receives what became of them
+    chosen: bool,  # True: somebody named an evaluation set; False: they are a share of the rows
+) -> EncodedSet:  # empty if all are too long and nobody chose them
+    "Encode the rows that are held out; a share of which every row is too long is no reason to refuse the others"
+    try:
+        return encode_rows(config, tokenizer, rows, ledger, "held out")
+    except DataError as error:
+        if error.code != "too_long" or chosen:
+            raise
+        ledger.note("nothing_held_out", f"{error.problem}; so nothing is evaluated")
+        return EncodedSet([])
+
 # %% ../nbs/42_pipeline.ipynb #045b0462
 @dataclass
 class PreparedData:
@@ -262,7 +279,7 @@ def prepare_data(
     train, evaluation = (part_pairs(config, pairs, ledger) if held_out is None else
                          (pairs, read_pairs(config, held_out, ledger) if held_out else []))
     encoded = (encode_rows(config, tokenizer, train, ledger),
-               encode_rows(config, tokenizer, evaluation, ledger, "held out"))
+               encode_held_out(config, tokenizer, evaluation, ledger, held_out is not None))
     refuse_long(config, list(encoded) if held_out is None else encoded[:1], len(pairs))
     refuse_nothing(encoded[0], ledger)
     ledger.check()
