@@ -37,10 +37,10 @@ class FinetuningError(ValueError):
 def knob(
     default=...,  # value when nobody names one, or a function that makes it; left out: required
     description: str = "",  # help, in one line
-    **more,  # pydantic's limits (`ge`, `gt`, `le`, `lt`, …) and ours: `also`, `advice`, `slider`, `step`, `log`, `fold`
+    **more,  # pydantic's limits (`ge`, `gt`, …) and ours: `also`, `old`, `advice`, `slider`, `step`, `log`, `fold`
 ):  # a pydantic field
     "Declare a setting once: default, limits, help, advice, slider"
-    extra = {key: more.pop(key) for key in ("also", "advice", "slider", "step", "log", "fold") if key in more}
+    extra = {key: more.pop(key) for key in ("also", "old", "advice", "slider", "step", "log", "fold") if key in more}
     start = {"default_factory": default} if callable(default) else {"default": default}
     return Field(**start, description=description, json_schema_extra=extra, **more)
 
@@ -115,7 +115,7 @@ def setting_names(
     names = {}
     for name, field in model.model_fields.items():
         inner, extra = group_of(field), field.json_schema_extra or {}
-        for word in dict.fromkeys([name, prefix + name, *extra.get("also", ())]):
+        for word in dict.fromkeys([name, prefix + name, *extra.get("also", ()), *extra.get("old", ())]):
             names.setdefault(word, []).append(prefix + name)
         for word, paths in (setting_names(inner, f"{prefix}{name}.") if inner else {}).items():
             names.setdefault(word, []).extend(paths)
