@@ -144,12 +144,14 @@ def add_demo(
 
 def end_of(
     result,  # a `FineTuned`
-) -> int:  # 0, or 130 after Ctrl-C
+) -> int:  # 0; 1 when what it left cannot be trusted; 130 after Ctrl-C, 143 after SIGTERM
     "Turn the end of a run into an exit code, and say how to go on"
     if result.status == "finished":
         return 0
+    if result.status == "suspect":
+        return tell_error(f"the run did all its steps, and what it left cannot be trusted: {result.run.notes[-1]}", 1)
     return tell_error(f"interrupted at step {result.run.n_steps}; the checkpoint {result.run.checkpoint.name} is kept: "
-                      "the same command with `--resume auto` goes on", 130)
+                      "the same command with `--resume auto` goes on", 128 + (result.run.signal or 2))
 
 
 def run_demo(
@@ -177,7 +179,7 @@ def add_train(
 
 def run_train(
     options: dict,  # what the command line gave
-) -> int:  # 0, 130 after Ctrl-C; of a dry run 1 where the rows have warnings
+) -> int:  # as `end_of`; of a dry run 1 where the rows have warnings
     "Fine-tune a model on a file of rows"
     from finetuning_kit.models import load_tokenizer
     from finetuning_kit.workflow import fine_tune, rehearse

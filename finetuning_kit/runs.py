@@ -12,14 +12,12 @@ import os
 import re
 import shutil
 import time
-from array import array
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'disk_guard', 'staged', 'RunFiles', 'RunLog', 'RunFolder', 'end_line',
-           'open_folder', 'plot_loss', 'file_hash', 'seal_checkpoint', 'checkpoint_damage', 'checkpoint_step',
-           'saved_checkpoints', 'find_checkpoint', 'rows_hash', 'run_fingerprint', 'check_same_run', 'find_start']
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog', 'RunFolder',
+           'end_line', 'is_warm', 'open_folder', 'plot_loss']
 
 # %% ../nbs/43_runs.ipynb #929cef92
 from .config import FineTuningConfig
@@ -48,6 +46,19 @@ def disk_guard(
             "free; what was saved before is whole: make room, then go on with the run: `resume` set to auto") from error
 
 # %% ../nbs/43_runs.ipynb #d09676a5
+def sync_folder(
+    path: str | Path,  # a folder
+) -> None:
+    "Bring a folder's list of names to the disk; systems that know no such call are left alone."
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def staged(
     path: str | Path,  # the folder that shall appear; an older one of that name gives way
@@ -65,10 +76,24 @@ def staged(
                 file.chmod(0o644)  # safetensors lets nobody but the owner read
                 with open(file, "rb+") as stream:
                     os.fsync(stream.fileno())
-            shutil.rmtree(path, ignore_errors=True)
+            sync_folder(stage)
+            if path.exists():
+                os.replace(path, stage.parent / "old")
             os.replace(stage, path)
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(stage.parent, ignore_errors=True)
+
+# %% ../nbs/43_runs.ipynb #84378a32
+def file_hash(
+    path: str | Path,  # any file
+) -> str:  # SHA-256, 64 hexadecimal digits
+    "Hash a file in pieces."
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 # %% ../nbs/43_runs.ipynb #f43e2bf1
 class RunFiles:
@@ -196,6 +221,13 @@ def end_line(
             file.write("\n")
 
 
+def is_warm(
+    resume: str | int | Path | None,  # as given
+) -> bool:  # True for "weights:<folder>"
+    "Tell a warm start, a new run from somebody's weights, from a resumption."
+    return str(resume).startswith("weights:")
+
+
 def open_folder(
     folder: RunFolder,  # where a run wants to write
     resume: str | int | None = None,  # not None: the run that lies there goes on
@@ -204,7 +236,7 @@ def open_folder(
     try:
         held = folder.held()
         is_run = any(mark in held for mark in MARKS)
-        if not held or (resume is not None and is_run):
+        if not held or (resume is not None and not is_warm(resume) and is_run):
             folder.path.mkdir(parents=True, exist_ok=True)
             end_line(folder / "events.jsonl")
             folder.is_open = True
@@ -241,129 +273,3 @@ def plot_loss(
     if axes.lines:
         axes.legend(frameon=False, loc="best")
     return figure
-
-# %% ../nbs/43_runs.ipynb #0cf2c190
-def file_hash(
-    path: str | Path,  # any file
-) -> str:  # SHA-256, 64 hexadecimal digits
-    "Hash a file in pieces."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def seal_checkpoint(
-    path: str | Path,  # a checkpoint's folder, everything else in place
-    **progress,  # what the run must remember to go on exactly
-) -> None:  # writes `progress.json`
-    "Close a checkpoint: where the run stands, and the hash of every file."
-    files = {file.name: file_hash(file) for file in sorted(Path(path).iterdir())}
-    text = json.dumps({**progress, "files": files})
-    (Path(path) / "progress.json").write_text(text, encoding="utf-8")
-
-
-def checkpoint_damage(
-    path: str | Path,  # a checkpoint's folder
-) -> str | None:  # what is wrong; None when every file is as it was saved
-    "Compare a checkpoint with its seal."
-    try:
-        files = dict(json.loads((Path(path) / "progress.json").read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it has no readable `progress.json`, so no run of this kit saved it to the end"
-    for name, digest in files.items():
-        file = Path(path) / name
-        if not file.exists() or file_hash(file) != digest:
-            return f"its file `{name}` is {'not as it was saved' if file.exists() else 'missing'}"
-    return None
-
-# %% ../nbs/43_runs.ipynb #cfd3e589
-def checkpoint_step(
-    name: str | int | Path,  # 40, "checkpoint-40", "checkpoint-step-40" or a path that ends so
-) -> int | None:  # the optimizer step; None for any other name
-    "Read the step out of a checkpoint's name."
-    found = re.fullmatch(r"(?:checkpoint-)?(?:step-)?(\d+)", Path(str(name)).name)
-    return int(found.group(1)) if found else None
-
-
-def saved_checkpoints(
-    folder: RunFolder,  # a run's folder
-) -> list[Path]:  # oldest first, damaged ones too
-    "List a run's checkpoints."
-    return sorted((path for path in folder.checkpoints.glob("checkpoint-*") if checkpoint_step(path) is not None),
-                  key=checkpoint_step)
-
-# %% ../nbs/43_runs.ipynb #68d8ad19
-def find_checkpoint(
-    folder: RunFolder,  # the run's folder
-    resume: str | int | Path | None,  # "auto": the newest whole one; a path, a name or a step; None: none
-) -> Path | None:  # where to go on; None: from the beginning
-    "Find the checkpoint that a run shall go on from."
-    saved = saved_checkpoints(folder)
-    if resume is None or resume == "auto":
-        whole = (path for path in reversed(saved) if resume and checkpoint_damage(path) is None)
-        return next(whole, None)
-    path = Path(str(resume))
-    if not path.is_dir():
-        path = folder.checkpoints / f"checkpoint-{checkpoint_step(resume)}"
-    if not path.is_dir():
-        have = ", ".join(item.name for item in saved) or "none"
-        raise FinetuningError(f"`resume`: there is no checkpoint {str(resume)!r}; the run has {have}")
-    damage = checkpoint_damage(path)
-    if damage:
-        raise FinetuningError(f"`resume`: {path.name} cannot be used: {damage}; "
-                              "auto takes the newest whole one")
-    return path
-
-# %% ../nbs/43_runs.ipynb #0ad8cc3d
-FREE_TO_CHANGE = {"logging_steps", "save_steps", "save_total_limit"}  # these move no weight
-
-
-def rows_hash(
-    rows: list,  # encoded rows, with `input_ids` and `labels`
-) -> str:  # 16 hexadecimal digits; the order of the rows counts
-    "Hash what a model is trained on."
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(array("q", [len(row.input_ids), *row.input_ids, *row.labels]).tobytes())
-        digest.update(array("d", getattr(row, "weights", None) or []).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def run_fingerprint(
-    config: FineTuningConfig,  # resolved settings
-    train_rows: list,  # encoded rows
-    eval_rows: list | None = None,  # held-out rows: they choose the best checkpoint
-) -> dict:  # setting -> value
-    "Collect everything that decides a run's weights."
-    settings = config.to_dict()
-    training = {name: value for name, value in settings["training"].items() if name not in FREE_TO_CHANGE}
-    rows = {"train_rows": rows_hash(train_rows), "eval_rows": rows_hash(eval_rows or [])}
-    base = {"model_name": Path(config.model_name).name, "load_in_4bit": config.load_in_4bit}
-    return {**base, **rows, **training, **(settings["lora"] or {"lora": None})}
-
-
-def check_same_run(
-    checkpoint: Path,  # where a run wants to go on
-    fingerprint: dict,  # what decides its weights now
-) -> dict:  # what the checkpoint remembers
-    "Refuse to go on from another run's checkpoint, and name every difference."
-    saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-    old = saved.get("fingerprint", {})
-    changed = [f"`{name}` was {old.get(name)} and is {fingerprint.get(name)}" for name in {**fingerprint, **old}
-               if old.get(name) != fingerprint.get(name)]
-    if changed:
-        raise FinetuningError(f"`resume`: {checkpoint.name} was made with other settings: {'; '.join(changed)}; "
-                              "take them back, or start a new run in another `output_dir`")
-    return saved
-
-# %% ../nbs/43_runs.ipynb #5a46d42f
-def find_start(
-    folder: RunFolder,  # the run's folder; nothing in it is changed
-    resume: str | int | Path | None,  # as in `find_checkpoint`
-    fingerprint: dict,  # what decides the run's weights
-) -> tuple[Path | None, dict]:  # where to go on, and what that checkpoint remembers; None and {}: from the beginning
-    "Find the checkpoint to go on from, and refuse another run's."
-    checkpoint = find_checkpoint(folder, resume)
-    return checkpoint, check_same_run(checkpoint, fingerprint) if checkpoint else {}

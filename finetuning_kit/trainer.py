@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable
+import pickle
 from contextlib import contextmanager
-from pathlib import Path
 
 # %% auto #0
-__all__ = ['check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress', 'RunProgress',
-           'WeightedTrainer', 'not_finite', 'QuietTrainer', 'KitTrainer', 'pack_length', 'packing_problem',
-           'settle_packing', 'trainer_arguments', 'make_trainer', 'labelled_positions', 'own_forward', 'interrupts',
-           'memory_guard']
+__all__ = ['SAME', 'check_rows', 'check_fit', 'WeightedTrainer', 'rows_of', 'QuietTrainer', 'WatchfulTrainer', 'KitTrainer',
+           'pack_length', 'packing_problem', 'settle_packing', 'trainer_arguments', 'check_settings', 'make_trainer',
+           'labelled_positions', 'own_forward']
 
 # %% ../nbs/44_trainer.ipynb #a85447ad
+from .checkpoints import best_steps, checkpoint_step, checkpoints_to_drop, drop_checkpoints
+from .checkpoints import saved_checkpoints, seal_checkpoint
 from .config import FineTuningConfig
-from .machine import precision_of
+from .machine import has_bitsandbytes, precision_of
 from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
-from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
+from .progress import RunProgress, not_finite, spike_error, trainable_bytes, where_it_broke, write_weights
+from .runs import RunFolder, staged
 from .settings import FinetuningError
 from .encoding import EncodedRow
 from .tokens import to_dataset
@@ -33,7 +31,7 @@ from .tokens import to_dataset
 # %% ../nbs/44_trainer.ipynb #634afcc7
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
@@ -49,6 +47,8 @@ def check_rows(
         silent = []
         for row in rows:
             weights = getattr(row, "weights", None) or [1.0] * row.n_tokens
+            if not all(map(math.isfinite, weights)):
+                raise FinetuningError(f"{row.place}: a weight of this {name} row is no number; give it 0, 1 or between")
             if not any(weight for label, weight in zip(row.labels[1:], weights[1:]) if label != -100):
                 silent.append(row)
         if silent:
@@ -73,110 +73,6 @@ def check_fit(
     if longest > n_positions:
         raise FinetuningError(f"the longest row has {longest} tokens, the model {n_positions} positions; "
                               "lower `max_seq_length`")
-
-# %% ../nbs/44_trainer.ipynb #b187925c
-def write_weights(
-    model,  # a model, with or without adapter
-    tokenizer,  # its tokenizer
-    path: str | Path,  # the folder to fill
-) -> None:
-    "Write an adapter or a whole model with its tokenizer: no card, no path of this machine."
-    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(path, **options)
-    tokenizer.save_pretrained(path)
-    (Path(path) / "README.md").unlink(missing_ok=True)
-
-
-def trainable_bytes(
-    model,  # any model
-) -> int:  # bytes of the parameters that train
-    "Say how much a save of what was trained takes."
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-# %% ../nbs/44_trainer.ipynb #2dac62aa
-def save_weights(
-    model,  # a model, with or without adapter
-    tokenizer,  # its tokenizer
-    path: str | Path,  # the folder that shall appear whole
-) -> None:
-    "Write weights and tokenizer, whole or not at all."
-    with staged(path, trainable_bytes(model)) as stage:
-        write_weights(model, tokenizer, stage)
-
-# %% ../nbs/44_trainer.ipynb #e733a663
-class Progress(TrainerCallback):
-    "What a run says after every step, and who may stop it."
-
-    def __init__(
-        self,
-        folder: RunFolder,  # receives `events.jsonl` and `best_model`
-        on_event: Callable | None = None,  # called with every event, a dict
-        should_stop: Callable | None = None,  # asked after every step; True ends the run
-        saved: dict | None = None,  # what a checkpoint remembers: fingerprint, history, window
-    ):
-        self.folder, self.on_event, self.should_stop = folder, on_event, should_stop
-        saved = {"fingerprint": {}, "history": [], "window": [], **(saved or {})}
-        self.fingerprint, self.history, self.window = saved["fingerprint"], saved["history"], saved["window"]
-        self.step_loss, self.n_steps, self.stop_reason = 0.0, 0, None
-
-    def emit(
-        self,
-        type: str,  # start, log, eval, save, stop or end; "step" goes to the listener alone
-        **values,  # what happened
-    ) -> None:
-        "Write an event and hand it to the listener."
-        event = {"type": type, **values} if type == "step" else self.folder.write_event(type, **values)
-        if self.on_event:
-            self.on_event(event)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        "Say how long the run will be."
-        self.n_steps = state.max_steps
-        self.emit("start", step=state.global_step, n_steps=self.n_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        "Report a step, and pass on the wish to stop."
-        self.window.append(self.step_loss)
-        self.emit("step", step=state.global_step, n_steps=self.n_steps, loss=self.step_loss)
-        self.step_loss = 0.0
-        if self.stop_reason is None and self.should_stop and self.should_stop():
-            self.stop_reason = "stopped"
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        elif self.stop_reason:
-            control.should_save = control.should_training_stop = True
-
-# %% ../nbs/44_trainer.ipynb #35e293c0
-class RunProgress(Progress):
-    "The same, with what is logged, measured and saved."
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        "Report the mean loss since the last log point."
-        if "loss" not in logs or not self.window:
-            return
-        entry = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": sum(self.window) / len(self.window),
-                 "learning_rate": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
-        self.window = []
-        self.history.append(entry)
-        self.emit("log", **entry, n_steps=self.n_steps, token_accuracy=logs.get("mean_token_accuracy"))
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        "Report the held-out loss; the lowest so far becomes `best_model`."
-        loss = metrics["eval_loss"]
-        best = all(loss < entry["eval_loss"] for entry in self.history if "eval_loss" in entry)
-        self.history.append({"step": state.global_step, "epoch": round(state.epoch, 4), "eval_loss": loss})
-        if best:
-            save_weights(kwargs["model"], kwargs["processing_class"], self.folder.best_model)
-        self.emit("eval", step=state.global_step, eval_loss=loss, best=best)
-
-    def on_save(self, args, state, control, **kwargs):
-        "Report a checkpoint."
-        self.emit("save", step=state.global_step, checkpoint=f"checkpoint-{state.global_step}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        "Report a run that ends early."
-        if self.stop_reason and state.global_step < state.max_steps:
-            self.emit("stop", step=state.global_step, reason=self.stop_reason)
 
 # %% ../nbs/44_trainer.ipynb #14894685
 class WeightedTrainer(SFTTrainer):
@@ -213,48 +109,44 @@ class WeightedTrainer(SFTTrainer):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
         for one in inputs.get("packs", [inputs]):
             loss = super().prediction_step(model, one, True, ignore_keys)[0]
-            self.measured.append((loss.double() * weight_sum([one]).to(loss.device), weight_sum([one]).to(loss.device)))
+            weight, n = weight_sum([one]).to(loss.device), (one["labels"][:, 1:] != -100).sum().double().to(loss.device)
+            share = self._metrics["eval"]["mean_token_accuracy"][-1]
+            self.measured.append(torch.stack([loss.double() * weight, weight.double(), share * n, n]))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         "Measure; the loss is the mean over all held-out tokens."
         self.measured = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = torch.stack([torch.stack([loss, weight.double()]) for loss, weight in self.measured]).sum(0)
-        sums = self.accelerator.reduce(sums, "sum")
+        sums = self.accelerator.reduce(torch.stack(self.measured).sum(0), "sum")
         output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1].clamp(min=1e-12)).item()
+        output.metrics[f"{metric_key_prefix}_token_accuracy"] = (sums[2] / sums[3].clamp(min=1)).item()
         return output
 
-# %% ../nbs/44_trainer.ipynb #246f7ae2
-def not_finite(
-    what: str,  # "loss" or "gradient"
-    value: float,  # nan or inf
-    step: int,  # the optimizer step in which it happened
-    learning_rate: float,  # at that step
-    progress: RunProgress,  # knows what came before
-) -> FinetuningError:  # to be raised
-    "Say where training broke and what to try."
-    losses = [f"{entry['loss']:.3g}" for entry in progress.history if "loss" in entry][-3:]
-    saved = saved_checkpoints(progress.folder)
-    return FinetuningError(
-        f"the {what} became {value} at step {step} (learning rate {learning_rate:.2g}, "
-        f"losses before: {', '.join(losses) or 'none logged'}), so training stopped and the broken weights were not "
-        f"saved; lower `learning_rate` to a tenth, or look for rows that are no text; "
-        + (f"{saved[-1].name} is from before" if saved else "no checkpoint had been saved yet"))
+# %% ../nbs/44_trainer.ipynb #f4a04beb
+def rows_of(
+    passes: list[dict],  # the batches of a step, padded or packed
+    rows: list[EncodedRow],  # all training rows
+) -> list[EncodedRow]:  # those that the batches were made of; equal rows are taken for the first of them
+    "Find the rows behind a step."
+    known = {tuple(row.input_ids): row for row in reversed(rows)}
+    found = []
+    for one in (one for batch in passes for one in batch.get("packs", [batch])):
+        if "position_ids" in one:  # a pack: each row counts its positions from 0
+            ids, starts = one["input_ids"][0].tolist(), (one["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+            lists = [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)])]
+        else:
+            lists = [ids[mask.bool()].tolist() for ids, mask in zip(one["input_ids"], one["attention_mask"])]
+        found += [known[tuple(ids)] for ids in lists if tuple(ids) in known]
+    return found
 
 # %% ../nbs/44_trainer.ipynb #9f891fab
 class QuietTrainer(WeightedTrainer):
-    "TRL's trainer: silent, and never past a loss that is no number."
+    "TRL's trainer: silent, and never past a loss, a gradient or a weight that is no number."
 
-    def __init__(
-        self,
-        *args,  # TRL's
-        progress: RunProgress,  # hears every step
-        keep: int = 3,  # checkpoints kept
-        **kwargs,  # TRL's
-    ):
-        super().__init__(*args, callbacks=[progress], **kwargs)
-        self.progress, self.keep, self.stage = progress, keep, None
+    def __init__(self, *args, progress, rows=(), keep=3, callbacks=(), **kwargs):
+        super().__init__(*args, callbacks=[*callbacks, progress], **kwargs)
+        self.progress, self.rows, self.keep, self.stage, self.passes = progress, list(rows), keep, None, []
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self):
@@ -263,30 +155,72 @@ class QuietTrainer(WeightedTrainer):
     def create_model_card(self, *args, **kwargs):
         "Write no card; the run's folder has its own."
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         "Forward and backward; the loss must be a number."
-        loss = super().training_step(*args, **kwargs)
-        self.check_finite("loss", float(loss))
+        self.passes.append(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.check_finite("loss", float(loss), self.state.global_step + 1)
         self.progress.step_loss += float(loss)
         return loss
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
         if self.accelerator.scaler is None:  # under fp16 the scaler skips steps that overflow
-            self.check_finite("gradient", float(norm))
+            self.check_finite("gradient", float(norm), self.state.global_step + 1)
+        if math.isfinite(float(norm)):
+            self.check_spike(float(norm), self.progress.step_loss, self.state.global_step + 1)
         return norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not torch.nn.utils.get_total_norm(trained.values()).isfinite():
+            broken = next((name for name, p in trained.items() if not p.isfinite().all()), "norm of all weights")
+            self.check_finite(broken, math.nan, self.state.global_step)
+        self.passes = []
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+# %% ../nbs/44_trainer.ipynb #e3919814
+class WatchfulTrainer(QuietTrainer):
+    "The same, with a judgement of every step, made before the optimizer moves a weight."
+
+    def where(
+        self,
+        step: int,  # the optimizer step
+    ) -> str:  # a part of a sentence
+        "Tell step, rate, rows, and what came before."
+        behind = rows_of(self.passes, self.rows)
+        suspects = [row for row in behind if not all(map(math.isfinite, row.weights or []))] or behind
+        places = [row.place or f"training row {self.rows.index(row) + 1}" for row in suspects]
+        return where_it_broke(step, self._get_learning_rate(), self.progress, places)
 
     def check_finite(
         self,
-        what: str,  # "loss" or "gradient"
+        what: str,  # "loss", "gradient" or a weight's name
         value: float,  # its size
-    ) -> None:  # raises before the optimizer moves a weight
+        step: int,  # the optimizer step
+    ) -> None:  # raises
         "Stop at the first number that is none."
         if not math.isfinite(value):
-            raise not_finite(what, value, self.state.global_step + 1, self._get_learning_rate(), self.progress)
+            raise not_finite(what, value, self.where(step), self.progress, self.args.fp16)
+
+    def check_spike(
+        self,
+        norm: float,  # the gradient's length
+        loss: float,  # the step's loss
+        step: int,  # the optimizer step
+    ) -> None:  # raises where the settings say so
+        "Stop before a step that would undo many, or warn."
+        odd = self.progress.vitals.look(norm, loss)
+        if odd == "spike" and self.progress.settings.on_spike == "stop":
+            raise spike_error(self.where(step), self.progress)
+        texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together; `on_spike` is warn, so the step "
+                          "was taken", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
+                 "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and at the labels"}
+        if odd:
+            self.progress.warn(odd, step, texts[odd])
 
 # %% ../nbs/44_trainer.ipynb #db6b9e3c
-class KitTrainer(QuietTrainer):
+class KitTrainer(WatchfulTrainer):
     "The same, with checkpoints that appear whole, sealed and hashed."
 
     def _get_output_dir(self, trial):
@@ -296,18 +230,36 @@ class KitTrainer(QuietTrainer):
         write_weights(self.model, self.processing_class, output_dir)
 
     def _save_checkpoint(self, model, trial):
-        folder = self.progress.folder
+        folder, step, settings = self.progress.folder, self.state.global_step, self.progress.settings
         try:
-            with staged(folder.checkpoints / f"checkpoint-{self.state.global_step}",
+            with staged(folder.checkpoints / f"checkpoint-{step}",
                         3 * trainable_bytes(self.model)) as stage:  # weights and AdamW's two moments
                 self.stage = stage.parent
                 super()._save_checkpoint(model, trial)
-                seal_checkpoint(stage, step=self.state.global_step, history=self.progress.history,
-                                window=self.progress.window, fingerprint=self.progress.fingerprint)
+                seal_checkpoint(stage, step=step, **self.progress.memory())
         finally:
             self.stage = None
-        for old in saved_checkpoints(folder)[:-self.keep]:
-            shutil.rmtree(old)
+        best = best_steps(self.progress.history, settings.metric_for_best_model, settings.save_best)
+        lying = [checkpoint_step(path) for path in saved_checkpoints(folder)]
+        drop_checkpoints(folder, checkpoints_to_drop(lying, step, self.keep, best))
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's, not the checkpoint's
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        own = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+            raise FinetuningError(f"`resume`: the optimizer's state in {os.path.basename(checkpoint)} cannot be used "
+                                  f"({str(error).splitlines()[0]}); choose an earlier checkpoint") from error
+        if checkpoint and self.progress.drift:  # what was loaded remembers the old rate
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
+            factors = [shape(self.lr_scheduler.last_epoch) for shape in self.lr_scheduler.lr_lambdas]
+            for group, values, factor in zip(self.optimizer.param_groups, own, factors):
+                group.update(values, lr=values["initial_lr"] * factor)
 
 # %% ../nbs/44_trainer.ipynb #f1809231
 def pack_length(
@@ -350,6 +302,11 @@ def settle_packing(
                     f"no padding, {wasted:.0%} without packing"]
 
 # %% ../nbs/44_trainer.ipynb #a9380af9
+SAME = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
+        "gradient_checkpointing", "logging_steps", "save_steps", "eval_steps", "seed", "dataloader_num_workers")
+
+
 def trainer_arguments(
     config: FineTuningConfig,  # resolved settings
     folder: RunFolder,  # where checkpoints go
@@ -358,43 +315,60 @@ def trainer_arguments(
     on_cpu: bool,  # whether the model is on the CPU
 ) -> SFTConfig:  # for TRL
     "Say a config in TRL's words."
-    same = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm",
-            "gradient_checkpointing", "logging_steps", "save_steps", "eval_steps", "seed")
-    words = {name: getattr(config.training, name) for name in same}
-    if config.training.packing:  # a step's rows are packed together: the same steps, in as many passes as packs
-        words.update(per_device_train_batch_size=config.training.effective_batch_size, gradient_accumulation_steps=1,
+    words, training = {name: getattr(config.training, name) for name in SAME}, config.training
+    if training.packing:  # a step's rows are packed together: the same steps, in as many passes as packs
+        words.update(per_device_train_batch_size=training.effective_batch_size, gradient_accumulation_steps=1,
                      per_device_eval_batch_size=max(64, words["per_device_eval_batch_size"]))
-    words["warmup_steps"] = config.training.resolved_warmup(n_rows)
+    for what in ("eval", "save"):  # an epoch is a number of steps: a run resumed at its last one measures and saves alike
+        if getattr(training, f"{what}_strategy") == "epoch":
+            words[f"{what}_steps"] = math.ceil(training.steps_per_epoch(n_rows) / int(os.environ.get("WORLD_SIZE", 1)))
+    words["warmup_steps"] = training.resolved_warmup(n_rows)
     if words["lr_scheduler_type"] == "constant" and words["warmup_steps"]:
         words["lr_scheduler_type"] = "constant_with_warmup"
     precision = precision_of(config)
     arguments = SFTConfig(
-        **words, output_dir=str(folder.checkpoints), eval_strategy="steps" if evaluate else "no",
-        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
+        **words, output_dir=str(folder.checkpoints), bf16=precision == "bf16", fp16=precision == "fp16",
+        eval_strategy="steps" if evaluate and training.eval_strategy != "no" else "no",
+        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
         report_to="none", disable_tqdm=True, log_level="error")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # a process trains on one GPU; several are `accelerate launch`'s business
     return arguments
 
 # %% ../nbs/44_trainer.ipynb #debb6fe0
+def check_settings(
+    config: FineTuningConfig,  # resolved settings
+    eval_rows: list[EncodedRow],  # held-out rows; may be empty
+) -> None:  # raises
+    "Refuse settings that this machine or these rows cannot keep."
+    if config.training.early_stopping and not eval_rows:
+        raise FinetuningError("`early_stopping` needs held-out rows, and there are none; name an `eval_dataset`, or set "
+                              "`split_ratio` to 0.1")
+    if "8bit" in config.training.optim and not has_bitsandbytes():
+        raise FinetuningError(f"`optim` {config.training.optim} needs bitsandbytes; run `pip install "
+                              "finetuning_kit[qlora]`, or set it to adamw_torch_fused")
+
+
 def make_trainer(
     config: FineTuningConfig,  # resolved settings
     model,  # ready to train
     tokenizer,  # its tokenizer
     rows: tuple[list[EncodedRow], list[EncodedRow]],  # to learn from, to measure on
     progress: RunProgress,  # hears what happens
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first, and may add to the figures of an evaluation
 ) -> KitTrainer:  # ready to run
     "Build the trainer of a run."
     train_rows, eval_rows = rows
+    check_settings(config, eval_rows)
     if config.training.packing and (problem := packing_problem(model, train_rows)):
         raise FinetuningError(f"`packing` cannot be used: {problem}; set it to false")
+    progress.settings = config.training
     arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
     trainer = KitTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
-        eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress,
-        keep=config.training.save_total_limit)
+        eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress, rows=train_rows,
+        keep=config.training.save_total_limit, callbacks=callbacks)
     pad_id, on_cpu = trainer.data_collator.pad_token_id, model.device.type == "cpu"
     packed = config.training.packing
     trainer.data_collator = RowCollator(pad_id, pack_length(config, train_rows + eval_rows, on_cpu) if packed else None)
@@ -433,46 +407,3 @@ def own_forward(
             vars(part).pop("forward", None)
             if forward is not None:
                 part.forward = forward
-
-# %% ../nbs/44_trainer.ipynb #70052c04
-@contextmanager
-def interrupts(
-    progress: Progress,  # is told to stop
-):
-    "Let the first Ctrl-C (or SIGTERM) end the run after its step; a second one has its usual effect."
-    before = {}
-
-    def restore():
-        while before:
-            signal.signal(*before.popitem())
-
-    def first(number, frame):
-        progress.stop_reason = "interrupted"
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.getsignal(number) or signal.SIG_DFL
-            signal.signal(number, first)
-    try:
-        yield
-    finally:
-        restore()
-
-# %% ../nbs/44_trainer.ipynb #a0d32bcb
-@contextmanager
-def memory_guard(
-    config: FineTuningConfig,  # what was tried
-):
-    "Turn a full memory into advice."
-    try:
-        yield
-    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        t = config.training
-        advice = ("set `gradient_checkpointing: true`" if t.per_device_train_batch_size == 1 else
-                  f"halve `per_device_train_batch_size` ({t.per_device_train_batch_size}) and double "
-                  f"`gradient_accumulation_steps` ({t.gradient_accumulation_steps}): the steps stay the same")
-        raise FinetuningError(f"the memory is full; {advice}; or lower `max_seq_length` ({config.max_seq_length})"
-                              ) from error

@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import html
+import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_loop',
-           'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView', 'RunPanel',
-           'WorkingPanel', 'TrainingPanel']
+__all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_steps',
+           'run_loop', 'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView',
+           'RunPanel', 'WorkingPanel', 'TrainingPanel']
 
 # %% ../nbs/45_training.ipynb #011c04e9
 import finetuning_kit
@@ -28,12 +29,14 @@ from .config import FineTuningConfig, LoRAConfig, save_config
 from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import precision_of, probe_machine, resolve_config
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
-from .runs import RunFolder, checkpoint_step, disk_guard, find_start, plot_loss, run_fingerprint
-from .runs import saved_checkpoints
+from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, library_versions
+from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
+from .progress import EARLY, RunProgress, early_end, interrupts, memory_guard, save_weights
+from .proof import load_weights, prove, remember, room_note
+from .runs import RunFolder, disk_guard, plot_loss
 from .settings import FinetuningError
 from .encoding import EncodedRow
-from .trainer import RunProgress, check_fit, check_rows, interrupts, labelled_positions, make_trainer
-from .trainer import memory_guard, own_forward, save_weights, settle_packing
+from .trainer import check_fit, check_rows, labelled_positions, make_trainer, own_forward, settle_packing
 
 # %% ../nbs/45_training.ipynb #208e11ce
 import torch
@@ -104,7 +107,10 @@ class TrainedRun:
     config: FineTuningConfig  # as settled for this machine
     history: list[dict] = field(default_factory=list)  # log points (`loss`) and evaluations (`eval_loss`), by step
     notes: list[str] = field(default_factory=list)  # what was changed or is thin
-    status: str = "running"  # finished, stopped, interrupted or failed
+    status: str = "running"  # finished, suspect, stopped, interrupted or failed
+    ended: str = ""  # why it ended, in words
+    signal: int | None = None  # what interrupted it
+    start: object = None  # how the model was before its first step
     seconds: float = 0.0  # of this session
     n_steps: int = 0  # optimizer steps done, earlier sessions included
 
@@ -123,20 +129,23 @@ def describe_start(
     run: TrainedRun,  # about to start
     rows: tuple,  # rows to learn from, to measure on
     fingerprint: dict,  # what decides the weights
-    checkpoint: Path | None,  # where it goes on
+    start: Start,  # where it goes on
+    source: Path | None = None,  # whose weights a new run starts from
 ) -> None:  # writes config.yaml and run.json
     "Write down what is about to happen."
     run.folder.path.mkdir(exist_ok=True)
     with disk_guard(run.folder / "config.yaml"):
         save_config(run.config, run.folder / "config.yaml")
     count, now = count_parameters(run.model), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    packages = ("torch", "transformers", "trl", "peft", "datasets")
+    record = run.folder.load_json("run.json")
+    drift = [{"step": start.saved["step"], **start.drift}] if start.drift else []
     run.folder.update_json(
-        "run.json", status="running", started=run.folder.load_json("run.json").get("started", now),
-        resumed_from=checkpoint.name if checkpoint else None, base=shown_name(run.config.model_name),
+        "run.json", status="running", started=record.get("started", now), id=record.get("id", uuid.uuid4().hex[:12]),
+        resumed_from=start.checkpoint.name if start.checkpoint else None, base=shown_name(run.config.model_name),
         n_rows={"train": len(rows[0]), "eval": len(rows[1])}, n_parameters=vars(count), notes=run.notes,
-        device=str(run.model.device), fingerprint=fingerprint,
-        versions={"finetuning_kit": finetuning_kit.__version__, **{name: version(name) for name in packages}})
+        device=str(run.model.device), fingerprint=fingerprint, drift=record.get("drift", []) + drift,
+        warm_start=str(source) if source else None,
+        versions={"finetuning_kit": finetuning_kit.__version__, **library_versions()})
 
 # %% ../nbs/45_training.ipynb #3f7e05c6
 def finish_run(
@@ -148,6 +157,10 @@ def finish_run(
     if run.status == "finished":
         target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model
         save_weights(run.model, run.tokenizer, target)
+        proof = prove(run.model, run.start, target)
+        run.status = "suspect" if proof.problems else "finished"
+        run.notes.append(f"{'THE RUN IS SUSPECT' if proof.problems else 'checked'}: {proof}")
+        folder.update_json("run.json", proof=vars(proof))
     best = min(evals, key=lambda entry: entry["eval_loss"], default={})
     losses = [entry["loss"] for entry in run.history if "loss" in entry]
     folder.update_json(
@@ -156,29 +169,54 @@ def finish_run(
         seconds=round(run.seconds, 2))
     with disk_guard(folder / "loss.png"):
         (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
-    folder.update_json("run.json", status=run.status, n_steps=run.n_steps, seconds=round(run.seconds, 2))
+    folder.update_json("run.json", status=run.status, ended=run.ended, n_steps=run.n_steps, notes=run.notes,
+                       signal=run.signal, seconds=round(run.seconds, 2))
 
 # %% ../nbs/45_training.ipynb #a4a086a5
+def run_steps(
+    run: TrainedRun,  # prepared
+    progress: RunProgress,  # hears what happens
+    rows: tuple,  # rows to learn from, to measure on
+    checkpoint: Path | None,  # where to go on
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first
+) -> bool:  # whether all steps are done
+    "Let the trainer run; nothing of it stays behind."
+    trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks)
+    if checkpoint:
+        over = early_end(progress.history, run.config.training)
+        if over or checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
+            trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
+            run.n_steps, progress.stop_reason = checkpoint_step(checkpoint), EARLY if over else None
+            return not over
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    run.n_steps = trainer.state.global_step
+    return run.n_steps >= trainer.state.max_steps
+
+
 def run_loop(
     run: TrainedRun,  # prepared
     progress: RunProgress,  # hears what happens
     rows: tuple,  # rows to learn from, to measure on
     checkpoint: Path | None,  # where to go on
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first
 ) -> None:  # fills the run's status and counts
     "Train until the end, a stop or a failure."
-    began = time.time()
+    began, run.start = time.time(), remember(run.model, rows[0])
     try:
         with own_forward(run.model), memory_guard(run.config), interrupts(progress), labelled_positions():
-            trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress)
-            if checkpoint and checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
-                trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
-                run.n_steps, run.status = checkpoint_step(checkpoint), "finished"
-                return
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        run.n_steps, done = trainer.state.global_step, trainer.state.global_step >= trainer.state.max_steps
-        run.status = "finished" if done else progress.stop_reason
+            done = run_steps(run, progress, rows, checkpoint, callbacks)
     finally:
-        run.seconds = time.time() - began
+        run.seconds, run.notes = time.time() - began, run.notes + progress.warnings
+    run.status = "finished" if done or progress.stop_reason == EARLY else progress.stop_reason
+    run.ended, run.signal = f"all {run.n_steps} steps are done" if done else run.status, progress.signal
+    if progress.stop_reason == EARLY and not done:
+        run.ended = early_end(progress.history, run.config.training)
+        if run.folder.best_model.is_dir():
+            load_weights(run.model, run.folder.best_model)
+            run.ended += ", whose weights the run ends with"
+        run.notes.append(run.ended)
+    elif run.signal:
+        run.ended = f"interrupted by {signal.Signals(run.signal).name}"
 
 # %% ../nbs/45_training.ipynb #a989b98e
 def open_run(
@@ -188,21 +226,31 @@ def open_run(
     tokenizer=None,  # None: load the model's
     folder: RunFolder | None = None,  # None: named after task and data
     resume: str | int | None = None,  # where to go on
-) -> tuple[TrainedRun, dict, Path | None]:  # the run, what its checkpoint remembers, the checkpoint
+) -> tuple[TrainedRun, dict, Path | None]:  # the run, what it remembers, the checkpoint
     "Decide everything that is decided before the first step, cheap refusals first."
     notes = check_rows(*rows)
     tokenizer = tokenizer or load_tokenizer(config.model_name)
     config, settled = resolve_config(config, tokenizer=tokenizer)
     folder, fingerprint = folder or RunFolder.for_config(config), run_fingerprint(config, *rows)
-    checkpoint, saved = find_start(folder, resume, fingerprint)
+    start, source = find_start(folder, resume, fingerprint, config.allow_drift), warm_weights(resume)
     if not folder.is_open:
         folder.open(resume)
     model = prepare_model(config, model)
     check_fit(rows[0] + rows[1], model)
+    if source is None and start.checkpoint is None and resume:  # a warm start that was killed before its first save
+        source = warm_weights(f"weights:{folder.load_json('run.json').get('warm_start')}", must=False)
+    if source:
+        load_weights(model, source)
+        notes.append(f"a warm start: the weights of `{source.name}`, with a new optimizer and a new schedule")
+    if start.drift:
+        set_aside(folder, start.saved["step"])
     config, packed = settle_packing(config, model, rows[0])
-    run = TrainedRun(model, tokenizer, folder, config, notes=notes + settled + packed)
-    describe_start(run, rows, fingerprint, checkpoint)
-    return run, {**saved, "fingerprint": fingerprint}, checkpoint
+    notes += settled + packed + start.notes + room_note(folder, model)
+    run = TrainedRun(model, tokenizer, folder, config, notes=notes)
+    fingerprint["base_weights"] = fingerprint["base_weights"] or base_fingerprint(config.model_name)
+    describe_start(run, rows, fingerprint, start, source)
+    own = {"fingerprint": fingerprint, "run_id": folder.load_json("run.json")["id"], "drift": start.drift}
+    return run, {**start.saved, **own}, start.checkpoint
 
 # %% ../nbs/45_training.ipynb #2a57dc78
 def train(
@@ -214,24 +262,25 @@ def train(
     tokenizer=None,  # None: load the model's
     folder: RunFolder | None = None,  # None: `<output_dir>/<task>_<dataset>`
     on_event: Callable | None = None,  # called with every event, a dict with `type` and `step`
-    resume: str | int | None = None,  # "auto", a checkpoint's path, name or step; None: a new run
+    resume: str | int | None = None,  # "auto", a checkpoint's path, name or step; "weights:<folder>"; None: a new run
     should_stop: Callable | None = None,  # asked after every step; True: save and stop
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first, and may add to the figures of an evaluation
 ) -> TrainedRun:  # the tuned model, and how it went
     "Fine-tune a model on encoded rows, and leave a folder that explains itself."
     rows = (list(train_rows), list(eval_rows or []))
     with quiet_libraries():
         run, saved, checkpoint = open_run(config, rows, model, tokenizer, folder, resume)
-        progress = RunProgress(run.folder, on_event, should_stop, saved)
+        progress = RunProgress(run.folder, on_event, should_stop, saved, run.config.training)
         run.history = progress.history
         try:
-            run_loop(run, progress, rows, checkpoint)
+            run_loop(run, progress, rows, checkpoint, callbacks)
             finish_run(run)
             progress.emit("end", step=run.n_steps, status=run.status)
         except BaseException as error:
-            run.status = "failed"
+            run.status, run.model = "failed", None  # a notebook keeps this frame: the model must not stay with it
             with suppress(FinetuningError, OSError):
                 reason = str(error) or type(error).__name__
-                run.folder.update_json("run.json", status=run.status, reason=reason)
+                run.folder.update_json("run.json", status=run.status, reason=reason, notes=run.notes)
                 progress.emit("end", status=run.status, reason=reason)
             raise
     return run

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/48_workflow.ipynb #5233f83a
+from .checkpoints import find_start, run_fingerprint
 from .config import FineTuningConfig, demo_config
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
@@ -25,7 +26,7 @@ from .models import count_parameters, load_model, load_tokenizer
 from .pipeline import PreparedData, formatter_of, prepare_data
 from .reading import read_rows
 from .records import Document
-from .runs import RunFiles, RunFolder, find_start, run_fingerprint
+from .runs import RunFiles, RunFolder
 from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
@@ -264,7 +265,7 @@ def open_place(
     if resume is not None and folder.load_json("run.json").get("complete"):
         raise FinetuningError(f"`resume`: the run in `{folder.path}` is complete, and nothing in it was changed; "
                               "to train again, choose another `output_dir`")
-    find_start(folder, resume, run_fingerprint(config, *rows))
+    find_start(folder, resume, run_fingerprint(config, *rows), config.allow_drift)
     return folder.open(resume)
 
 # %% ../nbs/48_workflow.ipynb #3a8d5843
