@@ -23,6 +23,7 @@ __all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'disk_guard', 'stage
 
 # %% ../nbs/43_runs.ipynb #929cef92
 from .config import FineTuningConfig
+from .processes import is_main_process, meet, n_processes
 from .settings import FinetuningError
 
 # %% ../nbs/43_runs.ipynb #716262a4
@@ -85,8 +86,10 @@ class RunFiles:
         name: str,  # file name inside the folder
         text: str,  # the whole content
     ) -> Path:  # where it lies
-        "Write a text file that appears whole."
+        "Write a text file that appears whole; of several processes, the main one writes."
         path, part = self.path / name, self.path / f".{name}.part"
+        if not is_main_process():
+            return path
         try:
             with disk_guard(path, len(text)):
                 part.write_text(text, encoding="utf-8")
@@ -135,6 +138,8 @@ class RunLog(RunFiles):
     ) -> dict:  # the event as written, with its time in seconds since 1970
         "Append one event to `events.jsonl`."
         event = {"type": type, "time": round(time.time(), 3), **values}
+        if not is_main_process():
+            return event
         path = self.path / "events.jsonl"
         with disk_guard(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event, default=str) + "\n")
@@ -201,6 +206,10 @@ def open_folder(
     resume: str | int | None = None,  # not None: the run that lies there goes on
 ) -> RunFolder:  # the same folder, created and open
     "Create a run's folder; one that holds something already stays as it is, and needs `resume`."
+    if not is_main_process():
+        meet()
+        folder.is_open = True
+        return folder
     try:
         held = folder.held()
         is_run = any(mark in held for mark in MARKS)
@@ -208,6 +217,7 @@ def open_folder(
             folder.path.mkdir(parents=True, exist_ok=True)
             end_line(folder / "events.jsonl")
             folder.is_open = True
+            meet()
             return folder
     except OSError as error:
         raise FinetuningError(
@@ -259,7 +269,8 @@ def seal_checkpoint(
     **progress,  # what the run must remember to go on exactly
 ) -> None:  # writes `progress.json`
     "Close a checkpoint: where the run stands, and the hash of every file."
-    files = {file.name: file_hash(file) for file in sorted(Path(path).iterdir())}
+    found = sorted(filter(Path.is_file, Path(path).rglob("*")))
+    files = {file.relative_to(path).as_posix(): file_hash(file) for file in found}
     text = json.dumps({**progress, "files": files})
     (Path(path) / "progress.json").write_text(text, encoding="utf-8")
 
@@ -340,7 +351,8 @@ def run_fingerprint(
     settings = config.to_dict()
     training = {name: value for name, value in settings["training"].items() if name not in FREE_TO_CHANGE}
     rows = {"train_rows": rows_hash(train_rows), "eval_rows": rows_hash(eval_rows or [])}
-    base = {"model_name": Path(config.model_name).name, "load_in_4bit": config.load_in_4bit}
+    base = {"model_name": Path(config.model_name).name, "load_in_4bit": config.load_in_4bit,
+            "n_processes": n_processes()}
     return {**base, **rows, **training, **(settings["lora"] or {"lora": None})}
 
 

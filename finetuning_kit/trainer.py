@@ -25,6 +25,8 @@ from .config import FineTuningConfig
 from .machine import precision_of
 from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
+from .processes import EvenOrder, agree, fill_up, is_main_process, meet, n_processes, opened_once
+from .processes import shards_weights, sum_over_processes, whole_weights
 from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
 from .settings import FinetuningError
 from .encoding import EncodedRow
@@ -79,10 +81,11 @@ def write_weights(
     model,  # a model, with or without adapter
     tokenizer,  # its tokenizer
     path: str | Path,  # the folder to fill
+    weights: dict | None = None,  # what was trained, gathered; None: as the model holds it
 ) -> None:
     "Write an adapter or a whole model with its tokenizer: no card, no path of this machine."
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(path, **options)
+    model.save_pretrained(path, state_dict=weights, **options)
     tokenizer.save_pretrained(path)
     (Path(path) / "README.md").unlink(missing_ok=True)
 
@@ -100,8 +103,10 @@ def save_weights(
     path: str | Path,  # the folder that shall appear whole
 ) -> None:
     "Write weights and tokenizer, whole or not at all."
-    with staged(path, trainable_bytes(model)) as stage:
-        write_weights(model, tokenizer, stage)
+    weights = whole_weights(model)  # where processes hold pieces, every one of them hands in its own
+    if is_main_process():
+        with staged(path, trainable_bytes(model)) as stage:
+            write_weights(model, tokenizer, stage, weights)
 
 # %% ../nbs/44_trainer.ipynb #e733a663
 class Progress(TrainerCallback):
@@ -124,7 +129,9 @@ class Progress(TrainerCallback):
         type: str,  # start, log, eval, save, stop or end; "step" goes to the listener alone
         **values,  # what happened
     ) -> None:
-        "Write an event and hand it to the listener."
+        "Write an event and hand it to the listener; of several processes, the main one does."
+        if not is_main_process():
+            return
         event = {"type": type, **values} if type == "step" else self.folder.write_event(type, **values)
         if self.on_event:
             self.on_event(event)
@@ -136,11 +143,13 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         "Report a step, and pass on the wish to stop."
+        self.step_loss, _ = agree(self.step_loss)
         self.window.append(self.step_loss)
         self.emit("step", step=state.global_step, n_steps=self.n_steps, loss=self.step_loss)
         self.step_loss = 0.0
         if self.stop_reason is None and self.should_stop and self.should_stop():
             self.stop_reason = "stopped"
+        _, self.stop_reason = agree(0.0, self.stop_reason)
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self.stop_reason:
@@ -189,9 +198,9 @@ class WeightedTrainer(SFTTrainer):
         passes = [one for batch in batch_samples for one in batch.get("packs", [batch])]
         if not any("weights" in one for one in passes):
             return super()._get_num_items_in_batch(passes, device)
-        total = weight_sum(passes).to(device)
+        weight = weight_sum(passes).to(device)
         several = self.args.average_tokens_across_devices and self.args.world_size > 1
-        return self.accelerator.gather(total).sum() if several else total
+        return self.accelerator.gather(weight).sum() if several else weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The weighted loss of one forward pass, as a share of its step's."
@@ -212,8 +221,11 @@ class WeightedTrainer(SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
         for one in inputs.get("packs", [inputs]):
-            loss = super().prediction_step(model, one, True, ignore_keys)[0]
-            self.measured.append((loss.double() * weight_sum([one]).to(loss.device), weight_sum([one]).to(loss.device)))
+            one = self._prepare_inputs(one)
+            weight = weight_sum([one])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, one, num_items_in_batch=weight) / self.args.world_size
+            self.measured.append((loss.double() * weight, weight))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -266,12 +278,15 @@ class QuietTrainer(WeightedTrainer):
     def training_step(self, *args, **kwargs):
         "Forward and backward; the loss must be a number."
         loss = super().training_step(*args, **kwargs)
-        self.check_finite("loss", float(loss))
+        if n_processes() == 1:
+            self.check_finite("loss", float(loss))
         self.progress.step_loss += float(loss)
         return loss
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
+        if n_processes() > 1:  # all stop in the same step
+            self.check_finite("loss", sum_over_processes(self.progress.step_loss)[0])
         if self.accelerator.scaler is None:  # under fp16 the scaler skips steps that overflow
             self.check_finite("gradient", float(norm))
         return norm
@@ -292,21 +307,32 @@ class KitTrainer(QuietTrainer):
     def _get_output_dir(self, trial):
         return str(self.stage or super()._get_output_dir(trial))
 
+    def _get_train_sampler(self, train_dataset=None):
+        if n_processes() == 1:
+            return super()._get_train_sampler(train_dataset)
+        return EvenOrder(self.n_rows, len(self.train_dataset) - self.n_rows)
+
     def _save(self, output_dir=None, state_dict=None):
         write_weights(self.model, self.processing_class, output_dir)
 
     def _save_checkpoint(self, model, trial):
         folder = self.progress.folder
         try:
-            with staged(folder.checkpoints / f"checkpoint-{self.state.global_step}",
-                        3 * trainable_bytes(self.model)) as stage:  # weights and AdamW's two moments
+            name = f"checkpoint-{self.state.global_step}"
+            opening = staged(folder.checkpoints / name, 3 * trainable_bytes(self.model))  # with AdamW's two moments
+            with opened_once(opening, folder.checkpoints / ".part" / name) as stage:
                 self.stage = stage.parent
                 super()._save_checkpoint(model, trial)
-                seal_checkpoint(stage, step=self.state.global_step, history=self.progress.history,
-                                window=self.progress.window, fingerprint=self.progress.fingerprint)
+                weights = whole_weights(self.model)
+                meet()
+                if weights is not None and is_main_process():
+                    write_weights(self.model, self.processing_class, stage, weights)
+                if is_main_process():
+                    seal_checkpoint(stage, step=self.state.global_step, history=self.progress.history,
+                                    window=self.progress.window, fingerprint=self.progress.fingerprint)
         finally:
             self.stage = None
-        for old in saved_checkpoints(folder)[:-self.keep]:
+        for old in saved_checkpoints(folder)[:-self.keep] if is_main_process() else ():
             shutil.rmtree(old)
 
 # %% ../nbs/44_trainer.ipynb #f1809231
@@ -325,7 +351,7 @@ def packing_problem(
     rows: list[EncodedRow],  # its rows
 ) -> str:  # why packing must not be used; empty: it may
     "Ask whether packs are safe here."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if n_processes() > 1:
         return "several processes train together, and would not have equally many packs"
     check = check_packing(model, rows)
     return "" if check.passed else str(check)
@@ -365,7 +391,7 @@ def trainer_arguments(
     if config.training.packing:  # a step's rows are packed together: the same steps, in as many passes as packs
         words.update(per_device_train_batch_size=config.training.effective_batch_size, gradient_accumulation_steps=1,
                      per_device_eval_batch_size=max(64, words["per_device_eval_batch_size"]))
-    words["warmup_steps"] = config.training.resolved_warmup(n_rows)
+    words["warmup_steps"] = config.training.resolved_warmup(n_rows, n_processes())
     if words["lr_scheduler_type"] == "constant" and words["warmup_steps"]:
         words["lr_scheduler_type"] = "constant_with_warmup"
     precision = precision_of(config)
@@ -373,7 +399,7 @@ def trainer_arguments(
         **words, output_dir=str(folder.checkpoints), eval_strategy="steps" if evaluate else "no",
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
-        report_to="none", disable_tqdm=True, log_level="error")
+        report_to="none", disable_tqdm=True, log_level="error", log_level_replica="error")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # a process trains on one GPU; several are `accelerate launch`'s business
     return arguments
@@ -390,13 +416,18 @@ def make_trainer(
     train_rows, eval_rows = rows
     if config.training.packing and (problem := packing_problem(model, train_rows)):
         raise FinetuningError(f"`packing` cannot be used: {problem}; set it to false")
-    arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
+    on_cpu = model.device.type == "cpu" and not shards_weights()  # weights that are spread wait on the CPU for it
+    arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), on_cpu)
+    arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
+    n_rows = len(train_rows)
+    if n_processes() > 1:  # equally many batches for each
+        train_rows = fill_up(train_rows, arguments.train_batch_size * n_processes())
+        eval_rows = fill_up(eval_rows, arguments.eval_batch_size * n_processes())
     trainer = KitTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
         eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress,
         keep=config.training.save_total_limit)
-    pad_id, on_cpu = trainer.data_collator.pad_token_id, model.device.type == "cpu"
-    packed = config.training.packing
+    trainer.n_rows, pad_id, packed = n_rows, trainer.data_collator.pad_token_id, config.training.packing
     trainer.data_collator = RowCollator(pad_id, pack_length(config, train_rows + eval_rows, on_cpu) if packed else None)
     if isinstance(model, PeftModel):  # TRL rounds the adapter of a 4-bit model to bf16
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):

@@ -24,10 +24,11 @@ __all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'Trained
 # %% ../nbs/45_training.ipynb #011c04e9
 import finetuning_kit
 from .census import png
-from .config import FineTuningConfig, LoRAConfig, save_config
+from .config import FineTuningConfig, LoRAConfig, save_config, schedule_lines
 from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import precision_of, probe_machine, resolve_config
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
+from .processes import announce_failure, is_main_process, join_processes, n_processes
 from .runs import RunFolder, checkpoint_step, disk_guard, find_start, plot_loss, run_fingerprint
 from .runs import saved_checkpoints
 from .settings import FinetuningError
@@ -126,6 +127,8 @@ def describe_start(
     checkpoint: Path | None,  # where it goes on
 ) -> None:  # writes config.yaml and run.json
     "Write down what is about to happen."
+    if not is_main_process():
+        return
     run.folder.path.mkdir(exist_ok=True)
     with disk_guard(run.folder / "config.yaml"):
         save_config(run.config, run.folder / "config.yaml")
@@ -148,6 +151,8 @@ def finish_run(
     if run.status == "finished":
         target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model
         save_weights(run.model, run.tokenizer, target)
+    if not is_main_process():
+        return
     best = min(evals, key=lambda entry: entry["eval_loss"], default={})
     losses = [entry["loss"] for entry in run.history if "loss" in entry]
     folder.update_json(
@@ -170,7 +175,7 @@ def run_loop(
     try:
         with own_forward(run.model), memory_guard(run.config), interrupts(progress), labelled_positions():
             trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress)
-            if checkpoint and checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
+            if checkpoint and checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0]), n_processes()):
                 trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
                 run.n_steps, run.status = checkpoint_step(checkpoint), "finished"
                 return
@@ -193,6 +198,7 @@ def open_run(
     notes = check_rows(*rows)
     tokenizer = tokenizer or load_tokenizer(config.model_name)
     config, settled = resolve_config(config, tokenizer=tokenizer)
+    join_processes(on_cpu=config.device_map == "cpu")
     folder, fingerprint = folder or RunFolder.for_config(config), run_fingerprint(config, *rows)
     checkpoint, saved = find_start(folder, resume, fingerprint)
     if not folder.is_open:
@@ -200,6 +206,8 @@ def open_run(
     model = prepare_model(config, model)
     check_fit(rows[0] + rows[1], model)
     config, packed = settle_packing(config, model, rows[0])
+    if n_processes() > 1:
+        notes.append(f"rows: {schedule_lines(config.training, n_processes=n_processes())['effective batch']}")
     run = TrainedRun(model, tokenizer, folder, config, notes=notes + settled + packed)
     describe_start(run, rows, fingerprint, checkpoint)
     return run, {**saved, "fingerprint": fingerprint}, checkpoint
@@ -231,6 +239,7 @@ def train(
             run.status = "failed"
             with suppress(FinetuningError, OSError):
                 reason = str(error) or type(error).__name__
+                reason = announce_failure(reason) or reason
                 run.folder.update_json("run.json", status=run.status, reason=reason)
                 progress.emit("end", status=run.status, reason=reason)
             raise
