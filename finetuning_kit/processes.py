@@ -96,7 +96,7 @@ class EvenOrder:
         "Choose the epoch whose shuffle comes next"
         self.epoch = epoch
 
-# %% ../nbs/25a_processes.ipynb #2fd76b6a
+# %% ../nbs/25a_processes.ipynb #3f0a005a
 @lru_cache(maxsize=1)
 def _board():  # the launcher's store
     from torch.distributed import PrefixStore, TCPStore
@@ -131,7 +131,7 @@ def join_processes(
     if n_processes() > 1:
         from accelerate import DeepSpeedPlugin, PartialState
 
-        PartialState(cpu=on_cpu)
+        PartialState(cpu=on_cpu and not shards_weights())
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and "deepspeed" not in _kept:
             _kept["deepspeed"] = DeepSpeedPlugin()  # while it lives, transformers loads a model in pieces
 
