@@ -86,7 +86,8 @@ def probe_machine(
         return cpu_of(Machine(n_gpus=n_gpus, n_cpus=n_cpus, note=note))
     free, total = torch.cuda.mem_get_info(index)
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Machine(f"cuda:{index}", torch.cuda.get_device_name(index), n_gpus, n_cpus, total / 2**30, free / 2**30, fast)
+    name = torch.cuda.get_device_name(index)
+    return Machine(f"cuda:{index}", name, n_gpus, n_cpus, total / 2**30, free / 2**30, fast)
 
 # %% ../nbs/26_machine.ipynb #556ad557
 def precision_of(
@@ -128,8 +129,8 @@ def settle_four_bit(
     on_cpu = machine.device == "cpu"
     if shards_weights():
         if config.is_given("load_in_4bit"):
-            raise FinetuningError("`load_in_4bit` does not go with weights that are spread over the processes; set it "
-                                  "to false, or launch with the configuration ddp, which gives each process all of them")
+            raise FinetuningError("`load_in_4bit` does not go with weights that are spread over the processes; "
+                                  "set it to false, or launch with the configuration ddp, which spreads none")
         return {"load_in_4bit": False}, ["load_in_4bit: off (the weights are spread over the processes)"]
     if config.is_given("load_in_4bit"):
         if not has_bitsandbytes():

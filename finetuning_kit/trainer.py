@@ -130,10 +130,8 @@ class Progress(TrainerCallback):
         **values,  # what happened
     ) -> None:
         "Write an event and hand it to the listener; of several processes, the main one does."
-        if not is_main_process():
-            return
         event = {"type": type, **values} if type == "step" else self.folder.write_event(type, **values)
-        if self.on_event:
+        if self.on_event and is_main_process():
             self.on_event(event)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -220,20 +218,18 @@ class WeightedTrainer(SFTTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
-        for one in inputs.get("packs", [inputs]):
-            one = self._prepare_inputs(one)
+        for one in map(self._prepare_inputs, inputs.get("packs", [inputs])):
             weight = weight_sum([one])
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, one, num_items_in_batch=weight) / self.args.world_size
-            self.measured.append((loss.double() * weight, weight))
+            self.measured.append(torch.stack([loss.double() * weight, weight.double()]))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         "Measure; the loss is the mean over all held-out tokens."
         self.measured = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = torch.stack([torch.stack([loss, weight.double()]) for loss, weight in self.measured]).sum(0)
-        sums = self.accelerator.reduce(sums, "sum")
+        sums = self.accelerator.reduce(torch.stack(self.measured).sum(0), "sum")
         output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1].clamp(min=1e-12)).item()
         return output
 

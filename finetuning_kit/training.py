@@ -127,8 +127,6 @@ def describe_start(
     checkpoint: Path | None,  # where it goes on
 ) -> None:  # writes config.yaml and run.json
     "Write down what is about to happen."
-    if not is_main_process():
-        return
     run.folder.path.mkdir(exist_ok=True)
     with disk_guard(run.folder / "config.yaml"):
         save_config(run.config, run.folder / "config.yaml")
@@ -151,16 +149,15 @@ def finish_run(
     if run.status == "finished":
         target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model
         save_weights(run.model, run.tokenizer, target)
-    if not is_main_process():
-        return
     best = min(evals, key=lambda entry: entry["eval_loss"], default={})
     losses = [entry["loss"] for entry in run.history if "loss" in entry]
     folder.update_json(
         "metrics.json", train_loss=losses[-1] if losses else None, eval_loss=evals[-1]["eval_loss"] if evals else None,
         best_eval_loss=best.get("eval_loss"), best_step=best.get("step"), n_steps=run.n_steps,
         seconds=round(run.seconds, 2))
-    with disk_guard(folder / "loss.png"):
-        (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
+    if is_main_process():
+        with disk_guard(folder / "loss.png"):
+            (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
     folder.update_json("run.json", status=run.status, n_steps=run.n_steps, seconds=round(run.seconds, 2))
 
 # %% ../nbs/45_training.ipynb #a4a086a5
@@ -175,7 +172,8 @@ def run_loop(
     try:
         with own_forward(run.model), memory_guard(run.config), interrupts(progress), labelled_positions():
             trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress)
-            if checkpoint and checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0]), n_processes()):
+            n_steps = run.config.training.total_steps(len(rows[0]), n_processes())
+            if checkpoint and checkpoint_step(checkpoint) >= n_steps:
                 trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
                 run.n_steps, run.status = checkpoint_step(checkpoint), "finished"
                 return
@@ -206,10 +204,10 @@ def open_run(
     model = prepare_model(config, model)
     check_fit(rows[0] + rows[1], model)
     config, packed = settle_packing(config, model, rows[0])
-    if n_processes() > 1:
-        notes.append(f"rows: {schedule_lines(config.training, n_processes=n_processes())['effective batch']}")
-    run = TrainedRun(model, tokenizer, folder, config, notes=notes + settled + packed)
-    describe_start(run, rows, fingerprint, checkpoint)
+    shares = [f"rows: {schedule_lines(config.training, None, n_processes())['effective batch']}"] * (n_processes() > 1)
+    run = TrainedRun(model, tokenizer, folder, config, notes=notes + settled + packed + shares)
+    if is_main_process():
+        describe_start(run, rows, fingerprint, checkpoint)
     return run, {**saved, "fingerprint": fingerprint}, checkpoint
 
 # %% ../nbs/45_training.ipynb #2a57dc78

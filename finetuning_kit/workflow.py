@@ -245,8 +245,8 @@ def judge(
     "Compare the tuned model with its base, and the merged model with the tuned one"
     run, config = result.run, result.config
     if shards_weights():
-        result.notes.append(f"the weights are spread over {n_processes()} processes, so the model was not asked and the "
-                            "adapter not merged: `merge_lora_weights` does it on one machine")
+        result.notes.append(f"the weights are spread over {n_processes()} processes, so the model was not asked and "
+                            "its adapter not merged: `merge_lora_weights` does it on one machine")
     if shards_weights() or not is_main_process():
         return
     tell({"type": "stage", "name": "tuned", "run": run})
