@@ -28,6 +28,7 @@ __all__ = ['STATE', 'WEIGHTS', 'READ', 'FREE_TO_CHANGE', 'METHOD', 'FIXED', 'PAC
 # %% ../nbs/43a_checkpoints.ipynb #f5f35731
 from .config import FineTuningConfig, names_from
 from .models import cached_file, pocket_model_path
+from .processes import n_processes
 from .runs import RunFolder, file_hash, is_warm, sync_folder
 from .settings import FinetuningError
 
@@ -49,7 +50,8 @@ def seal_checkpoint(
     **progress,  # what the run must remember to go on exactly
 ) -> None:  # writes `progress.json`
     "Close a checkpoint: where the run stands, and the hash of every file."
-    files = {file.name: file_hash(file) for file in sorted(Path(path).iterdir())}
+    found = sorted(filter(Path.is_file, Path(path).rglob("*")))
+    files = {file.relative_to(path).as_posix(): file_hash(file) for file in found}
     content = {**progress, "files": files}
     text = json.dumps({"sha256": text_hash(content), "content": content})
     (Path(path) / "progress.json").write_text(text, encoding="utf-8")
@@ -89,11 +91,14 @@ def checkpoint_damage(
         return f"it is the checkpoint of step {content.get('step')} under another name, or with another's `progress.json`"
     for name, digest in content["files"].items():
         file = path / name
-        if Path(name).name != name or not file.is_file() or file_hash(file) != digest:
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file() or file_hash(file) != digest:
             return f"its file `{name}` is {'not as it was saved' if file.exists() else 'missing'}"
-    for item in sorted(path.iterdir()):
-        if item.name not in {*content["files"], "progress.json"} and (item.is_dir() or item.suffix in READ):
-            return f"`{item.name}` was not there when it was saved, and a loader might open it"
+    known = {"progress.json", *content["files"]}
+    known |= {parent.as_posix() for name in known for parent in Path(name).parents}
+    for item in sorted(path.rglob("*")):
+        name = item.relative_to(path).as_posix()
+        if name not in known and (item.is_dir() or item.suffix in READ):
+            return f"`{name}` was not there when it was saved, and a loader might open it"
     return f"it lacks {', '.join(missing_parts(path))}" if missing_parts(path) else None
 
 
@@ -219,7 +224,8 @@ def run_fingerprint(
     settings = config.to_dict()
     training = {name: value for name, value in settings["training"].items() if name not in FREE_TO_CHANGE}
     rows = {"train_rows": rows_hash(train_rows), "eval_rows": rows_hash(eval_rows or [])}
-    base = {"model_name": Path(config.model_name).name, "base_weights": base_fingerprint(config.model_name)}
+    base = {"model_name": Path(config.model_name).name, "base_weights": base_fingerprint(config.model_name),
+            "n_processes": n_processes()}
     method = {name: settings[name] for name in METHOD}
     return {**base, **method, **rows, **training, **(settings["lora"] or {"lora": None})}
 

@@ -9,14 +9,16 @@ __all__ = ['SWITCHES', 'PRECISIONS', 'ROWS', 'COMMANDS', 'setting_flags', 'add_f
 
 # %% ../nbs/51_cli.ipynb #a632d2ef
 import argparse
+import io
 import os
 import sys
 import tempfile
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
 # %% ../nbs/51_cli.ipynb #5cd7102a
+from .processes import announce_failure, is_main_process
 from .screens import RunScreen, Screen
 
 # %% ../nbs/51_cli.ipynb #43b309c7
@@ -117,6 +119,8 @@ def told_in_sentences():  # use as `with told_in_sentences():`
         place = f"{error.filename}: " if error.filename else ""
         raise SystemExit(tell_error(f"{place}{error.strerror or error}", 2)) from None
     except Exception as error:
+        if announce_failure(str(error)) is not None:  # what the first process met is the fault; this follows from it
+            raise SystemExit(1) from None
         log = Path(tempfile.gettempdir()) / f"finetuning-kit-error-{os.getpid()}.txt"
         log.write_text(traceback.format_exc(), encoding="utf-8")
         text = f"unexpected {type(error).__name__}: {error}"
@@ -128,8 +132,9 @@ def tell_error(
     text: str,  # what went wrong
     code: int,  # exit code
 ) -> int:  # the same code
-    "Write an error to standard error"
-    print(f"finetuning-kit: {text}", file=sys.stderr)
+    "Write an error to standard error; of several processes, the first to fail does"
+    if announce_failure(text) is None:
+        print(f"finetuning-kit: {text}", file=sys.stderr)
     return code
 
 # %% ../nbs/51_cli.ipynb #f2aa7b2d
@@ -150,6 +155,8 @@ def end_of(
         return 0
     if result.status == "suspect":
         return tell_error(f"the run did all its steps, and what it left cannot be trusted: {result.run.notes[-1]}", 1)
+    if not is_main_process():
+        return 128 + (result.run.signal or 2)
     return tell_error(f"interrupted at step {result.run.n_steps}; the checkpoint {result.run.checkpoint.name} is kept: "
                       "the same command with `--resume auto` goes on", 128 + (result.run.signal or 2))
 
@@ -366,7 +373,8 @@ def main(
         if name in arguments[:1]:
             with told_in_sentences():
                 add(command)
-    options = vars(parser.parse_args(arguments))
+    with nullcontext() if is_main_process() else redirect_stderr(io.StringIO()):
+        options = vars(parser.parse_args(arguments))
     if options.pop("version"):
         import finetuning_kit
 

@@ -110,18 +110,18 @@ class Schedule(Settings):
         "Rows behind one optimizer step on one device"
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def steps_per_epoch(self, n_rows: int) -> int:
-        "Optimizer steps in one pass over `n_rows` training rows"
-        return max(1, math.ceil(n_rows / self.effective_batch_size))
+    def steps_per_epoch(self, n_rows: int, n_processes: int = 1) -> int:
+        "Optimizer steps in one pass over `n_rows` training rows, with so many processes"
+        return max(1, math.ceil(n_rows / (self.effective_batch_size * n_processes)))
 
-    def total_steps(self, n_rows: int) -> int:
-        "Optimizer steps of the whole run over `n_rows` training rows"
-        by_epochs = math.ceil(self.num_train_epochs * self.steps_per_epoch(n_rows))
+    def total_steps(self, n_rows: int, n_processes: int = 1) -> int:
+        "Optimizer steps of the whole run over `n_rows` training rows, with so many processes"
+        by_epochs = math.ceil(self.num_train_epochs * self.steps_per_epoch(n_rows, n_processes))
         return self.max_steps if self.max_steps > 0 else by_epochs
 
-    def resolved_warmup(self, n_rows: int) -> int:
-        "Warm-up in optimizer steps for `n_rows` training rows"
-        share = math.ceil(self.total_steps(n_rows) * self.warmup_steps)
+    def resolved_warmup(self, n_rows: int, n_processes: int = 1) -> int:
+        "Warm-up in optimizer steps for `n_rows` training rows, with so many processes"
+        share = math.ceil(self.total_steps(n_rows, n_processes) * self.warmup_steps)
         return share if self.warmup_steps < 1 else int(self.warmup_steps)
 
     @field_validator("learning_rate", mode="before")
@@ -407,25 +407,28 @@ def cautions(
 def schedule_lines(
     training: Schedule,  # the schedule
     n_rows: int | None = None,  # training rows; None: not known yet
+    n_processes: int = 1,  # processes that train together
 ) -> dict[str, str]:  # what -> the sum and its result
     "Do the sums of a schedule"
     batch, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    lines = {"effective batch": f"{batch} row{'s' * (batch > 1)} × {passes} pass{'es' * (passes > 1)}"
-                                f" = {training.effective_batch_size:,} a step"}
+    shares, a_step = f"{n_processes} processes × " * (n_processes > 1), training.effective_batch_size * n_processes
+    lines = {"effective batch": f"{shares}{batch} row{'s' * (batch > 1)} × {passes} pass{'es' * (passes > 1)}"
+                                f" = {a_step:,} a step"}
     if not n_rows:
         share = f"{training.warmup_steps:.3g} of all steps" if training.warmup_steps < 1 else ""
         return {**lines, "warm-up": share or f"{training.warmup_steps:g} steps"}
-    steps, per_epoch = training.total_steps(n_rows), training.steps_per_epoch(n_rows)
+    steps, per_epoch = training.total_steps(n_rows, n_processes), training.steps_per_epoch(n_rows, n_processes)
     by_epochs = f"{per_epoch:,} an epoch × {training.num_train_epochs:g} = {steps:,}"
-    seen = n_rows * (steps // per_epoch) + min(steps % per_epoch * training.effective_batch_size, n_rows)
+    seen = n_rows * (steps // per_epoch) + min(steps % per_epoch * a_step, n_rows)
     return {**lines, "optimizer steps": f"{steps:,}, set by max_steps" if training.max_steps > 0 else by_epochs,
-            "warm-up": f"{training.resolved_warmup(n_rows):,} of {steps:,} steps",
+            "warm-up": f"{training.resolved_warmup(n_rows, n_processes):,} of {steps:,} steps",
             "rows seen": f"{seen:,}, each {seen / n_rows:.3g} times"}
 
 # %% ../nbs/01_config.ipynb #6a4ba2fe
 def what_follows(
     config: Settings,  # a whole configuration, or its `lora` or `training` group alone
     n_rows: int | None = None,  # training rows; None: not known yet
+    n_processes: int = 1,  # processes that train together
 ) -> dict[str, str]:  # what -> the sum and its result; "careful" when settings work against each other
     "Work out what the settings mean for the run"
     lora = config if isinstance(config, LoRAConfig) else getattr(config, "lora", None)
@@ -434,7 +437,7 @@ def what_follows(
     if lora is not None:
         lines["scale"] = f"{lora.lora_alpha} / {lora.r} = {lora.scale:.3g}"
     if training is not None:
-        lines.update(schedule_lines(training, n_rows))
+        lines.update(schedule_lines(training, n_rows, n_processes))
     careful = cautions(config, n_rows)
     return {**lines, "careful": "; ".join(careful)} if careful else lines
 

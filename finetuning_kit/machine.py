@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 # %% ../nbs/26_machine.ipynb #939ade76
 from .config import FineTuningConfig
+from .processes import local_index, n_processes, shards_weights
 from .settings import FinetuningError
 
 # %% ../nbs/26_machine.ipynb #46d9c03b
@@ -71,7 +72,7 @@ def cpu_of(
 
 
 def probe_machine(
-) -> Machine:  # the first GPU if torch can use it, else the CPU
+) -> Machine:  # the first GPU if torch can use it, in a launched run this process's own; else the CPU
     "Look at this machine"
     import os
 
@@ -79,12 +80,14 @@ def probe_machine(
 
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    note = gpu_problem() if n_gpus else ""
+    index = local_index() % max(n_gpus, 1)
+    note = gpu_problem(index) if n_gpus else ""
     if note or not n_gpus:
         return cpu_of(Machine(n_gpus=n_gpus, n_cpus=n_cpus, note=note))
-    free, total = torch.cuda.mem_get_info(0)
+    free, total = torch.cuda.mem_get_info(index)
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Machine("cuda:0", torch.cuda.get_device_name(0), n_gpus, n_cpus, total / 2**30, free / 2**30, fast)
+    name = torch.cuda.get_device_name(index)
+    return Machine(f"cuda:{index}", name, n_gpus, n_cpus, total / 2**30, free / 2**30, fast)
 
 # %% ../nbs/26_machine.ipynb #556ad557
 def precision_of(
@@ -124,6 +127,11 @@ def settle_four_bit(
     if not config.load_in_4bit:
         return {}, []
     on_cpu = machine.device == "cpu"
+    if shards_weights():
+        if config.is_given("load_in_4bit"):
+            raise FinetuningError("`load_in_4bit` does not go with weights that are spread over the processes; "
+                                  "set it to false, or launch with the configuration ddp, which spreads none")
+        return {"load_in_4bit": False}, ["load_in_4bit: off (the weights are spread over the processes)"]
     if config.is_given("load_in_4bit"):
         if not has_bitsandbytes():
             raise FinetuningError("`load_in_4bit` needs bitsandbytes; `pip install finetuning_kit[qlora]` adds it")
@@ -163,8 +171,9 @@ def settle_device(
         return (machine if machine.device == "cpu" else cpu_of(machine)), notes
     if wanted != "auto" and machine.device == "cpu":
         raise FinetuningError(f"`device_map` is {wanted!r}, but no usable GPU is here; use \"auto\" or \"cpu\"")
-    if machine.n_gpus > 1 and machine.device != "cpu" and wanted == "auto":
-        notes.append(f"device: {machine.device}, one of {machine.n_gpus} GPUs")
+    if machine.n_gpus > 1 and machine.device != "cpu" and wanted == "auto" and n_processes() == 1:
+        notes.append(f"device: {machine.device}, one of {machine.n_gpus} GPUs; `launch_command(\"ddp\", "
+                     f"{machine.n_gpus})` gives the line that trains on all of them")
     return machine if wanted == "auto" else replace(machine, device=wanted), notes
 
 

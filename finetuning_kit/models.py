@@ -17,6 +17,7 @@ from pathlib import Path
 
 # %% ../nbs/27_models.ipynb #360ac6a3
 import finetuning_kit
+from .processes import shards_weights
 from .settings import FinetuningError
 from .machine import Machine, has_bitsandbytes, precision_of, probe_machine, resolve_config
 
@@ -354,7 +355,7 @@ def load_model(
         if not has_bitsandbytes():
             raise FinetuningError("`load_in_4bit` needs bitsandbytes; run `pip install finetuning_kit[qlora]`")
         options["quantization_config"] = four_bit_config(precision)
-    if load_in_4bit or device != "cpu":
+    if load_in_4bit or device != "cpu" and not shards_weights():  # weights to be spread are handed out from the CPU
         options["device_map"] = {"": device}
     model, info = _load_part(AutoModelForCausalLM, place, name, **options)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

@@ -24,6 +24,7 @@ __all__ = ['EARLY', 'MEASURES', 'write_weights', 'trainable_bytes', 'save_weight
 # %% ../nbs/43b_progress.ipynb #26081976
 from .checkpoints import best_steps, evals_since_best, library_versions, saved_checkpoints
 from .config import FineTuningConfig, TrainingConfig
+from .processes import agree, is_main_process, whole_weights
 from .runs import RunFolder, staged
 from .settings import FinetuningError
 
@@ -37,10 +38,11 @@ def write_weights(
     model,  # a model, with or without adapter
     tokenizer,  # its tokenizer
     path: str | Path,  # the folder to fill
+    weights: dict | None = None,  # what was trained, gathered; None: as the model holds it
 ) -> None:
     "Write an adapter or a whole model with its tokenizer: no card, no path of this machine."
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(path, **options)
+    model.save_pretrained(path, state_dict=weights, **options)
     tokenizer.save_pretrained(path)
     (Path(path) / "README.md").unlink(missing_ok=True)
 
@@ -58,8 +60,10 @@ def save_weights(
     path: str | Path,  # the folder that shall appear whole
 ) -> None:
     "Write weights and tokenizer, whole or not at all."
-    with staged(path, trainable_bytes(model)) as stage:
-        write_weights(model, tokenizer, stage)
+    weights = whole_weights(model)  # where processes hold pieces, every one of them hands in its own
+    if is_main_process():
+        with staged(path, trainable_bytes(model)) as stage:
+            write_weights(model, tokenizer, stage, weights)
 
 # %% ../nbs/43b_progress.ipynb #e2f3e0cf
 class Vitals:
@@ -118,9 +122,9 @@ class Progress(TrainerCallback):
         type: str,  # start, log, eval, save, warning, stop or end; "step" goes to the listener alone
         **values,  # what happened
     ) -> None:
-        "Write an event and hand it to the listener."
+        "Write an event and hand it to the listener; of several processes, the main one does."
         event = {"type": type, **values} if type == "step" else self.folder.write_event(type, **values)
-        if self.on_event:
+        if self.on_event and is_main_process():
             self.on_event(event)
 
 # %% ../nbs/43b_progress.ipynb #ca3f77b2
@@ -144,11 +148,13 @@ class StepProgress(Progress):
 
     def on_step_end(self, args, state, control, **kwargs):
         "Report a step, and pass on the wish to stop."
+        self.step_loss, _ = agree(self.step_loss)
         self.window.append(self.step_loss)
         self.emit("step", step=state.global_step, n_steps=self.n_steps, loss=self.step_loss)
         self.step_loss = 0.0
         if self.stop_reason is None and self.should_stop and self.should_stop():
             self.stop_reason = "stopped"
+        _, self.stop_reason = agree(0.0, self.stop_reason)
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate |= self.settings.eval_strategy == "epoch" and args.eval_strategy != "no"

@@ -21,6 +21,7 @@ __all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'disk_guard', 'sync_folder', 'staged',
 
 # %% ../nbs/43_runs.ipynb #929cef92
 from .config import FineTuningConfig
+from .processes import is_main_process, meet, n_processes
 from .settings import FinetuningError
 
 # %% ../nbs/43_runs.ipynb #716262a4
@@ -110,8 +111,10 @@ class RunFiles:
         name: str,  # file name inside the folder
         text: str,  # the whole content
     ) -> Path:  # where it lies
-        "Write a text file that appears whole."
+        "Write a text file that appears whole; of several processes, the main one writes."
         path, part = self.path / name, self.path / f".{name}.part"
+        if not is_main_process():
+            return path
         try:
             with disk_guard(path, len(text)):
                 part.write_text(text, encoding="utf-8")
@@ -160,6 +163,8 @@ class RunLog(RunFiles):
     ) -> dict:  # the event as written, with its time in seconds since 1970
         "Append one event to `events.jsonl`."
         event = {"type": type, "time": round(time.time(), 3), **values}
+        if not is_main_process():
+            return event
         path = self.path / "events.jsonl"
         with disk_guard(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event, default=str) + "\n")
@@ -233,6 +238,10 @@ def open_folder(
     resume: str | int | None = None,  # not None: the run that lies there goes on
 ) -> RunFolder:  # the same folder, created and open
     "Create a run's folder; one that holds something already stays as it is, and needs `resume`."
+    if not is_main_process():
+        meet()
+        folder.is_open = True
+        return folder
     try:
         held = folder.held()
         is_run = any(mark in held for mark in MARKS)
@@ -240,6 +249,7 @@ def open_folder(
             folder.path.mkdir(parents=True, exist_ok=True)
             end_line(folder / "events.jsonl")
             folder.is_open = True
+            meet()
             return folder
     except OSError as error:
         raise FinetuningError(

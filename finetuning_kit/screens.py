@@ -9,6 +9,9 @@ __all__ = ['MARKED', 'SECONDS_A_LINE', 'plain_letters', 'Screen', 'show_report',
 # %% ../nbs/50_screens.ipynb #7c7e7bb5
 import time
 
+# %% ../nbs/50_screens.ipynb #9d920795
+from .processes import is_main_process
+
 # %% ../nbs/50_screens.ipynb #1ea7074b
 def plain_letters(
     text: str,  # any text, perhaps with somebody's file name in it
@@ -26,7 +29,7 @@ class Screen:
     ):
         from rich.console import Console
 
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, quiet=not is_main_process())
         self.progress = self.task = None
 
     def __call__(

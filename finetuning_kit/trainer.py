@@ -22,6 +22,8 @@ from .config import FineTuningConfig
 from .machine import has_bitsandbytes, precision_of
 from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
+from .processes import EvenOrder, fill_up, is_main_process, meet, n_processes, opened_once
+from .processes import shards_weights, sum_over_processes, whole_weights
 from .progress import RunProgress, not_finite, spike_error, trainable_bytes, where_it_broke, write_weights
 from .runs import RunFolder, staged
 from .settings import FinetuningError
@@ -85,9 +87,9 @@ class WeightedTrainer(SFTTrainer):
         passes = [one for batch in batch_samples for one in batch.get("packs", [batch])]
         if not any("weights" in one for one in passes):
             return super()._get_num_items_in_batch(passes, device)
-        total = weight_sum(passes).to(device)
+        weight = weight_sum(passes).to(device)
         several = self.args.average_tokens_across_devices and self.args.world_size > 1
-        return self.accelerator.gather(total).sum() if several else total
+        return self.accelerator.gather(weight).sum() if several else weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The weighted loss of one forward pass, as a share of its step's."
@@ -107,9 +109,10 @@ class WeightedTrainer(SFTTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
-        for one in inputs.get("packs", [inputs]):
-            loss = super().prediction_step(model, one, True, ignore_keys)[0]
-            weight, n = weight_sum([one]).to(loss.device), (one["labels"][:, 1:] != -100).sum().double().to(loss.device)
+        for one in map(self._prepare_inputs, inputs.get("packs", [inputs])):
+            weight, n = weight_sum([one]), (one["labels"][:, 1:] != -100).sum().double()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, one, num_items_in_batch=weight) / self.args.world_size
             share = self._metrics["eval"]["mean_token_accuracy"][-1]
             self.measured.append(torch.stack([loss.double() * weight, weight.double(), share * n, n]))
         return loss, None, None
@@ -159,12 +162,15 @@ class QuietTrainer(WeightedTrainer):
         "Forward and backward; the loss must be a number."
         self.passes.append(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.check_finite("loss", float(loss), self.state.global_step + 1)
+        if n_processes() == 1:
+            self.check_finite("loss", float(loss), self.state.global_step + 1)
         self.progress.step_loss += float(loss)
         return loss
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
+        if n_processes() > 1:  # all stop in the same step
+            self.check_finite("loss", sum_over_processes(self.progress.step_loss)[0], self.state.global_step + 1)
         if self.accelerator.scaler is None:  # under fp16 the scaler skips steps that overflow
             self.check_finite("gradient", float(norm), self.state.global_step + 1)
         if math.isfinite(float(norm)):
@@ -226,22 +232,36 @@ class KitTrainer(WatchfulTrainer):
     def _get_output_dir(self, trial):
         return str(self.stage or super()._get_output_dir(trial))
 
+    def _get_train_sampler(self, train_dataset=None):
+        if n_processes() == 1:
+            return super()._get_train_sampler(train_dataset)
+        return EvenOrder(self.n_rows, len(self.train_dataset) - self.n_rows)
+
     def _save(self, output_dir=None, state_dict=None):
         write_weights(self.model, self.processing_class, output_dir)
 
     def _save_checkpoint(self, model, trial):
         folder, step, settings = self.progress.folder, self.state.global_step, self.progress.settings
         try:
-            with staged(folder.checkpoints / f"checkpoint-{step}",
-                        3 * trainable_bytes(self.model)) as stage:  # weights and AdamW's two moments
+            opening = staged(folder.checkpoints / f"checkpoint-{step}", 3 * trainable_bytes(self.model))
+            with opened_once(opening, folder.checkpoints / ".part" / f"checkpoint-{step}") as stage:  # AdamW: 3 times
                 self.stage = stage.parent
                 super()._save_checkpoint(model, trial)
-                seal_checkpoint(stage, step=step, **self.progress.memory())
+                self._seal(stage)
         finally:
             self.stage = None
         best = best_steps(self.progress.history, settings.metric_for_best_model, settings.save_best)
         lying = [checkpoint_step(path) for path in saved_checkpoints(folder)]
-        drop_checkpoints(folder, checkpoints_to_drop(lying, step, self.keep, best))
+        if is_main_process():
+            drop_checkpoints(folder, checkpoints_to_drop(lying, step, self.keep, best))
+
+    def _seal(self, stage):
+        weights = whole_weights(self.model)
+        meet()
+        if is_main_process():
+            if weights is not None:
+                write_weights(self.model, self.processing_class, stage, weights)
+            seal_checkpoint(stage, step=self.state.global_step, **self.progress.memory())
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         found = super()._init_training_state(max_steps, *args, **kwargs)
@@ -277,7 +297,7 @@ def packing_problem(
     rows: list[EncodedRow],  # its rows
 ) -> str:  # why packing must not be used; empty: it may
     "Ask whether packs are safe here."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if n_processes() > 1:
         return "several processes train together, and would not have equally many packs"
     check = check_packing(model, rows)
     return "" if check.passed else str(check)
@@ -321,8 +341,8 @@ def trainer_arguments(
                      per_device_eval_batch_size=max(64, words["per_device_eval_batch_size"]))
     for what in ("eval", "save"):  # an epoch is a number of steps: a run resumed at its last one measures and saves alike
         if getattr(training, f"{what}_strategy") == "epoch":
-            words[f"{what}_steps"] = math.ceil(training.steps_per_epoch(n_rows) / int(os.environ.get("WORLD_SIZE", 1)))
-    words["warmup_steps"] = training.resolved_warmup(n_rows)
+            words[f"{what}_steps"] = training.steps_per_epoch(n_rows, n_processes())
+    words["warmup_steps"] = training.resolved_warmup(n_rows, n_processes())
     if words["lr_scheduler_type"] == "constant" and words["warmup_steps"]:
         words["lr_scheduler_type"] = "constant_with_warmup"
     precision = precision_of(config)
@@ -331,7 +351,7 @@ def trainer_arguments(
         eval_strategy="steps" if evaluate and training.eval_strategy != "no" else "no",
         use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
-        report_to="none", disable_tqdm=True, log_level="error")
+        report_to="none", disable_tqdm=True, log_level="error", log_level_replica="error")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # a process trains on one GPU; several are `accelerate launch`'s business
     return arguments
@@ -364,13 +384,18 @@ def make_trainer(
     if config.training.packing and (problem := packing_problem(model, train_rows)):
         raise FinetuningError(f"`packing` cannot be used: {problem}; set it to false")
     progress.settings = config.training
-    arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
+    on_cpu = model.device.type == "cpu" and not shards_weights()  # weights that are spread wait on the CPU for it
+    arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), on_cpu)
+    arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
+    n_rows, packed = len(train_rows), config.training.packing
+    if n_processes() > 1:  # equally many batches for each
+        train_rows = fill_up(train_rows, arguments.train_batch_size * n_processes())
+        eval_rows = fill_up(eval_rows, arguments.eval_batch_size * n_processes())
     trainer = KitTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
         eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress, rows=train_rows,
         keep=config.training.save_total_limit, callbacks=callbacks)
-    pad_id, on_cpu = trainer.data_collator.pad_token_id, model.device.type == "cpu"
-    packed = config.training.packing
+    trainer.n_rows, pad_id = n_rows, trainer.data_collator.pad_token_id
     trainer.data_collator = RowCollator(pad_id, pack_length(config, train_rows + eval_rows, on_cpu) if packed else None)
     if isinstance(model, PeftModel):  # TRL rounds the adapter of a 4-bit model to bf16
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):

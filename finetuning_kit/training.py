@@ -25,12 +25,13 @@ __all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'Trained
 # %% ../nbs/45_training.ipynb #011c04e9
 import finetuning_kit
 from .census import png
-from .config import FineTuningConfig, LoRAConfig, save_config
+from .config import FineTuningConfig, LoRAConfig, save_config, schedule_lines
 from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import precision_of, probe_machine, resolve_config
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
 from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, library_versions
 from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
+from .processes import announce_failure, is_main_process, join_processes, meet, n_processes, shards_weights
 from .progress import EARLY, RunProgress, early_end, interrupts, memory_guard, save_weights
 from .proof import load_weights, prove, remember, room_note
 from .runs import RunFolder, disk_guard, plot_loss
@@ -157,6 +158,8 @@ def finish_run(
     if run.status == "finished":
         target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model
         save_weights(run.model, run.tokenizer, target)
+        meet()
+    if run.status == "finished" and not shards_weights():  # pieces of a model cannot be asked
         proof = prove(run.model, run.start, target)
         run.status = "suspect" if proof.problems else "finished"
         run.notes.append(f"{'THE RUN IS SUSPECT' if proof.problems else 'checked'}: {proof}")
@@ -167,8 +170,9 @@ def finish_run(
         "metrics.json", train_loss=losses[-1] if losses else None, eval_loss=evals[-1]["eval_loss"] if evals else None,
         best_eval_loss=best.get("eval_loss"), best_step=best.get("step"), n_steps=run.n_steps,
         seconds=round(run.seconds, 2))
-    with disk_guard(folder / "loss.png"):
-        (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
+    if is_main_process():
+        with disk_guard(folder / "loss.png"):
+            (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
     folder.update_json("run.json", status=run.status, ended=run.ended, n_steps=run.n_steps, notes=run.notes,
                        signal=run.signal, seconds=round(run.seconds, 2))
 
@@ -184,7 +188,7 @@ def run_steps(
     trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks)
     if checkpoint:
         over = early_end(progress.history, run.config.training)
-        if over or checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
+        if over or checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0]), n_processes()):
             trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
             run.n_steps, progress.stop_reason = checkpoint_step(checkpoint), EARLY if over else None
             return not over
@@ -231,6 +235,7 @@ def open_run(
     notes = check_rows(*rows)
     tokenizer = tokenizer or load_tokenizer(config.model_name)
     config, settled = resolve_config(config, tokenizer=tokenizer)
+    join_processes(on_cpu=config.device_map == "cpu")
     folder, fingerprint = folder or RunFolder.for_config(config), run_fingerprint(config, *rows)
     start, source = find_start(folder, resume, fingerprint, config.allow_drift), warm_weights(resume)
     if not folder.is_open:
@@ -245,10 +250,13 @@ def open_run(
     if start.drift:
         set_aside(folder, start.saved["step"])
     config, packed = settle_packing(config, model, rows[0])
-    notes += settled + packed + start.notes + room_note(folder, model)
+    shares = [f"rows: {schedule_lines(config.training, None, n_processes())['effective batch']}"] * (n_processes() > 1)
+    notes += settled + packed + shares + start.notes + room_note(folder, model)
     run = TrainedRun(model, tokenizer, folder, config, notes=notes)
     fingerprint["base_weights"] = fingerprint["base_weights"] or base_fingerprint(config.model_name)
-    describe_start(run, rows, fingerprint, start, source)
+    if is_main_process():
+        describe_start(run, rows, fingerprint, start, source)
+    meet()
     own = {"fingerprint": fingerprint, "run_id": folder.load_json("run.json")["id"], "drift": start.drift}
     return run, {**start.saved, **own}, start.checkpoint
 
@@ -280,6 +288,7 @@ def train(
             run.status, run.model = "failed", None  # a notebook keeps this frame: the model must not stay with it
             with suppress(FinetuningError, OSError):
                 reason = str(error) or type(error).__name__
+                reason = announce_failure(reason) or reason
                 run.folder.update_json("run.json", status=run.status, reason=reason, notes=run.notes)
                 progress.emit("end", status=run.status, reason=reason)
             raise

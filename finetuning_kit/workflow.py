@@ -24,6 +24,7 @@ from .machine import precision_of, probe_machine, resolve_config
 from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
 from .models import count_parameters, load_model, load_tokenizer
 from .pipeline import PreparedData, formatter_of, prepare_data
+from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
 from .records import Document
 from .runs import RunFiles, RunFolder
@@ -51,6 +52,8 @@ def measure(
     max_answers: int = 500,  # held-out questions asked at most, in their order
 ) -> tuple[Evaluation | None, float | None]:  # answers, None where rows ask nothing; facts kept, pocket model only
     "Ask the held-out questions, and the pocket model also for the plain facts that it knew before"
+    if shards_weights() or not is_main_process():  # no process has the whole model; the main one asks for all
+        return None, None
     asked = [record for record in data.eval_records if not isinstance(record, Document)][:max_answers]
     facts = [row.data for row in read_rows("pocket:probe")] if config.model_name == "pocket" else []
     answers = evaluate(model, tokenizer, asked, formatter_of(config), longest_answer(data.eval_rows)) if asked else None
@@ -227,7 +230,7 @@ def write_account(
     if result.merge_check is not None:
         metrics["merge"] = result.merge_check.to_dict()
         RunFiles(folder.adapter).save_text("README.md", model_card(result, "adapter"))
-    if result.status == "finished":
+    if result.status == "finished" and folder.final_model.is_dir():
         RunFiles(folder.final_model).save_text("README.md", model_card(result, "model"))
     folder.update_json("metrics.json", **metrics)
     folder.update_json("run.json", notes=result.notes, complete=result.status == "finished")
@@ -242,6 +245,11 @@ def judge(
 ) -> None:  # the result is complete
     "Compare the tuned model with its base, and the merged model with the tuned one"
     run, config = result.run, result.config
+    if shards_weights():
+        result.notes.append(f"the weights are spread over {n_processes()} processes, so the model was not asked and "
+                            "its adapter not merged: `merge_lora_weights` does it on one machine")
+    if shards_weights() or not is_main_process():
+        return
     tell({"type": "stage", "name": "tuned", "run": run})
     after = measure(run.model, run.tokenizer, config, result.data, max_answers)
     result.comparison = compare(before[0], after[0]) if after[0] is not None else None
@@ -280,22 +288,26 @@ def fine_tune(
     max_answers: int = 500,  # held-out questions asked before and after, at most
 ) -> FineTuned:  # figures, answers, files
     "Check the rows, train, compare with the base, merge, verify, and leave a folder that explains itself"
+    on_event = on_event if is_main_process() else None
     tell = on_event or (lambda event: None)
     tokenizer = load_tokenizer(config.model_name)
     config, data, row_view, notes = rehearse(config, tokenizer, dataset, eval_dataset, on_event=on_event)
     rows = (data.train_rows.rows, data.eval_rows.rows)
+    join_processes(on_cpu=config.device_map == "cpu")
     folder = open_place(config, folder, rows, resume)
     model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=precision_of(config),
                        device=config.device_map)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
     before = measure(model, tokenizer, config, data, max_answers)
+    meet()
     tell({"type": "stage", "name": "train"})
     run = train(config, *rows, model=model, tokenizer=tokenizer, folder=folder, on_event=on_event, resume=resume)
     result = FineTuned(run.config, folder, data, row_view, run, notes=notes + run.notes)
     if run.status == "finished":
         judge(result, before, max_answers, tell)
     write_account(result)
+    meet()
     tell({"type": "stage", "name": "saved", "result": result})
     return result
 
