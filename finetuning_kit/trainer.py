@@ -15,14 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress', 'RunProgress',
-           'WeightedTrainer', 'not_finite', 'QuietTrainer', 'KitTrainer', 'pack_length', 'packing_problem',
-           'settle_packing', 'trainer_arguments', 'make_trainer', 'labelled_positions', 'own_forward', 'interrupts',
-           'memory_guard']
+__all__ = ['virtual_positions', 'check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress',
+           'RunProgress', 'WeightedTrainer', 'not_finite', 'QuietTrainer', 'KitTrainer', 'pack_length',
+           'packing_problem', 'settle_packing', 'trainer_arguments', 'make_trainer', 'labelled_positions',
+           'own_forward', 'interrupts', 'memory_guard']
 
 # %% ../nbs/44_trainer.ipynb #a85447ad
 from .config import FineTuningConfig
 from .machine import precision_of
+from .methods import VIRTUAL, RankBudget, load_method_state, method_optimizer, save_method_state
 from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
 from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
@@ -38,6 +39,16 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 # %% ../nbs/44_trainer.ipynb #94e8e3be
+def virtual_positions(
+    model,  # the model that will read the rows
+    in_labels: bool = False,  # True: only those that lengthen a row's labels too
+) -> int:  # positions that prefix, prompt and P-tuning put before each row; 0 for every other method
+    "Count the positions before a row's own."
+    settings = model.active_peft_config if isinstance(model, PeftModel) else None
+    apart = settings is None or not settings.is_prompt_learning or in_labels and settings.peft_type == "PREFIX_TUNING"
+    return 0 if apart else settings.num_virtual_tokens
+
+
 def check_rows(
     train_rows: list[EncodedRow],  # what is learned from
     eval_rows: list[EncodedRow],  # what is measured on; may be empty
@@ -66,6 +77,7 @@ def check_fit(
     "Refuse token ids and lengths that a model has no place for."
     n_ids = model.get_input_embeddings().weight.shape[0]
     highest, longest = max(max(row.input_ids) for row in rows), max(row.n_tokens for row in rows)
+    longest += virtual_positions(model)
     n_positions = getattr(model.config, "max_position_embeddings", None) or longest
     if highest >= n_ids:
         raise FinetuningError(f"the rows use token {highest}, the model knows 0 to {n_ids - 1}; "
@@ -199,7 +211,9 @@ class WeightedTrainer(SFTTrainer):
         weights, total = inputs.pop("weights", None), num_items_in_batch
         if weights is not None:
             total = weight_sum([{**inputs, "weights": weights}]) if total is None else total
-            weights, total = weights[:, 1:] / total.clamp(min=1e-12), torch.ones_like(total)
+            before = virtual_positions(self.model, in_labels=True)
+            weights = torch.nn.functional.pad(weights[:, 1:], (before, 0)) / total.clamp(min=1e-12)
+            total = torch.ones_like(total)
         with weighted_outputs(model, weights):
             return super().compute_loss(model, inputs, return_outputs, total)
 
@@ -294,6 +308,11 @@ class KitTrainer(QuietTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         write_weights(self.model, self.processing_class, output_dir)
+        save_method_state(self.model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not load_method_state(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
         folder = self.progress.folder
@@ -327,6 +346,8 @@ def packing_problem(
     "Ask whether packs are safe here."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return "several processes train together, and would not have equally many packs"
+    if virtual_positions(model):
+        return "the trained positions stand before each row, and a pack of rows has one beginning"
     check = check_packing(model, rows)
     return "" if check.passed else str(check)
 
@@ -391,10 +412,13 @@ def make_trainer(
     if config.training.packing and (problem := packing_problem(model, train_rows)):
         raise FinetuningError(f"`packing` cannot be used: {problem}; set it to false")
     arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
+    optimizer = method_optimizer(config, model, *SFTTrainer.get_optimizer_cls_and_kwargs(arguments, model))
     trainer = KitTrainer(
-        model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
+        model=model, args=arguments, optimizers=(optimizer, None), processing_class=tokenizer, train_dataset=to_dataset(train_rows),
         eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress,
         keep=config.training.save_total_limit)
+    if config.method == "adalora":
+        trainer.add_callback(RankBudget())
     pad_id, on_cpu = trainer.data_collator.pad_token_id, model.device.type == "cpu"
     packed = config.training.packing
     trainer.data_collator = RowCollator(pad_id, pack_length(config, train_rows + eval_rows, on_cpu) if packed else None)
