@@ -184,7 +184,7 @@ def add_lora(
     "Put a LoRA adapter on a model."
     return attach(model, peft.LoraConfig(**lora_options(lora, model)), base_name)
 
-# %% ../nbs/27b_methods.ipynb #3910e414
+# %% ../nbs/27b_methods.ipynb #e13a4e9a
 def start_from_rows(
     model: PeftModel,  # with a fresh LoRA adapter whose start is "eva"
     rows: list,  # what is learned from; each has `input_ids`
@@ -205,8 +205,8 @@ def start_from_rows(
         if mask.sum() >= needed:
             batches.append({"input_ids": padded, "attention_mask": mask.long()})
     if not batches:
-        raise FinetuningError(f"a start by eva needs {needed} tokens for this rank, and the rows have fewer; lower `r`, "
-                              "or choose another start")
+        raise FinetuningError(f"a start by eva needs {needed} tokens for this rank, and the rows have fewer; "
+                              "lower `r`, or choose another start")
     peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     model.eval()
 
