@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['VIRTUAL', 'METHOD_WORDS', 'STARTS', 'STATE_FILE', 'MEMORIES', 'can_merge', 'base_precision', 'settle_for_method',
-           'lora_options', 'adalora_options', 'ia3_options', 'prompt_options', 'adapter_config', 'attach', 'add_lora',
-           'start_from_rows', 'start_from_rounding', 'method_notes', 'check_method', 'prepare_method',
-           'method_optimizer', 'orthogonality', 'RankBudget', 'save_method_state', 'load_method_state']
+__all__ = ['VIRTUAL', 'METHOD_WORDS', 'STARTS', 'STATE_FILE', 'MEMORIES', 'virtual_positions', 'can_merge', 'base_precision',
+           'settle_for_method', 'lora_options', 'adalora_options', 'ia3_options', 'prompt_options', 'adapter_config',
+           'attach', 'add_lora', 'start_from_rows', 'start_from_rounding', 'method_notes', 'check_method',
+           'prepare_method', 'method_optimizer', 'orthogonality', 'RankBudget', 'save_method_state',
+           'load_method_state']
 
 # %% ../nbs/27b_methods.ipynb #0b056600
 from .config import FineTuningConfig, LoRAConfig
@@ -30,7 +31,7 @@ from peft.utils import constants as peft_names
 from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
 
-# %% ../nbs/27b_methods.ipynb #b0892146
+# %% ../nbs/27b_methods.ipynb #dbc0a09f
 VIRTUAL = ("prefix", "prompt", "p_tuning")  # they train positions before the text, and no weight
 METHOD_WORDS = {
     "full": "every weight, in fp32", "freeze": "the upper layers, in fp32; the lower ones stay",
@@ -44,6 +45,16 @@ METHOD_WORDS = {
     "ia3": "one factor for each output of keys, values and feed-forward",
     "prefix": "keys and values before the text, in every layer", "prompt": "embeddings before the text",
     "p_tuning": "embeddings before the text, made by a small network", "ln_tuning": "the factors of the norm layers"}
+
+
+def virtual_positions(
+    model,  # any model
+    in_labels: bool = False,  # True: only those that lengthen a row's labels too
+) -> int:  # positions that prefix, prompt and P-tuning put before each row; 0 for every other method
+    "Count the positions before a row's own."
+    settings = model.active_peft_config if isinstance(model, PeftModel) else None
+    apart = settings is None or not settings.is_prompt_learning or in_labels and settings.peft_type == "PREFIX_TUNING"
+    return 0 if apart else settings.num_virtual_tokens
 
 
 def can_merge(

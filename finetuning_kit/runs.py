@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'disk_guard', 'staged', 'RunFiles', 'RunLog', 'RunFolder', 'end_line',
-           'open_folder', 'plot_loss', 'file_hash', 'seal_checkpoint', 'checkpoint_damage', 'checkpoint_step',
-           'saved_checkpoints', 'find_checkpoint', 'rows_hash', 'run_fingerprint', 'check_same_run', 'find_start']
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'FREE_TO_CHANGE', 'METHOD_NUMBERS', 'disk_guard', 'staged', 'RunFiles', 'RunLog',
+           'RunFolder', 'end_line', 'open_folder', 'plot_loss', 'file_hash', 'seal_checkpoint', 'checkpoint_damage',
+           'checkpoint_step', 'saved_checkpoints', 'find_checkpoint', 'rows_hash', 'run_fingerprint', 'check_same_run',
+           'find_start']
 
 # %% ../nbs/43_runs.ipynb #929cef92
 from .config import FineTuningConfig
@@ -331,6 +332,10 @@ def rows_hash(
     return digest.hexdigest()[:16]
 
 
+METHOD_NUMBERS = {"freeze": ("freeze_ratio",), "prefix": ("num_virtual_tokens",), "p_tuning": ("num_virtual_tokens",),
+                  "prompt": ("num_virtual_tokens", "prompt_tuning_init_text")}  # settings that only they read
+
+
 def run_fingerprint(
     config: FineTuningConfig,  # resolved settings
     train_rows: list,  # encoded rows
@@ -340,7 +345,8 @@ def run_fingerprint(
     settings = config.to_dict()
     training = {name: value for name, value in settings["training"].items() if name not in FREE_TO_CHANGE}
     rows = {"train_rows": rows_hash(train_rows), "eval_rows": rows_hash(eval_rows or [])}
-    base = {"model_name": Path(config.model_name).name, "load_in_4bit": config.load_in_4bit}
+    base = {"model_name": Path(config.model_name).name, "load_in_4bit": config.load_in_4bit, "method": config.method}
+    base |= {name: getattr(config, name) for name in METHOD_NUMBERS.get(config.method, ())}
     return {**base, **rows, **training, **(settings["lora"] or {"lora": None})}
 
 

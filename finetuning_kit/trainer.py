@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['virtual_positions', 'check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress',
-           'RunProgress', 'WeightedTrainer', 'not_finite', 'QuietTrainer', 'KitTrainer', 'pack_length',
-           'packing_problem', 'settle_packing', 'trainer_arguments', 'make_trainer', 'labelled_positions',
-           'own_forward', 'interrupts', 'memory_guard']
+__all__ = ['check_rows', 'check_fit', 'write_weights', 'trainable_bytes', 'save_weights', 'Progress', 'RunProgress',
+           'WeightedTrainer', 'not_finite', 'QuietTrainer', 'KitTrainer', 'pack_length', 'packing_problem',
+           'settle_packing', 'trainer_arguments', 'make_trainer', 'labelled_positions', 'own_forward', 'interrupts',
+           'memory_guard']
 
 # %% ../nbs/44_trainer.ipynb #a85447ad
 from .config import FineTuningConfig
 from .machine import precision_of
-from .methods import VIRTUAL, RankBudget, load_method_state, method_optimizer, save_method_state
+from .methods import RankBudget, load_method_state, method_optimizer, save_method_state
+from .methods import virtual_positions
 from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
 from .runs import RunFolder, saved_checkpoints, seal_checkpoint, staged
@@ -39,16 +40,6 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 # %% ../nbs/44_trainer.ipynb #94e8e3be
-def virtual_positions(
-    model,  # the model that will read the rows
-    in_labels: bool = False,  # True: only those that lengthen a row's labels too
-) -> int:  # positions that prefix, prompt and P-tuning put before each row; 0 for every other method
-    "Count the positions before a row's own."
-    settings = model.active_peft_config if isinstance(model, PeftModel) else None
-    apart = settings is None or not settings.is_prompt_learning or in_labels and settings.peft_type == "PREFIX_TUNING"
-    return 0 if apart else settings.num_virtual_tokens
-
-
 def check_rows(
     train_rows: list[EncodedRow],  # what is learned from
     eval_rows: list[EncodedRow],  # what is measured on; may be empty
@@ -211,9 +202,8 @@ class WeightedTrainer(SFTTrainer):
         weights, total = inputs.pop("weights", None), num_items_in_batch
         if weights is not None:
             total = weight_sum([{**inputs, "weights": weights}]) if total is None else total
-            before = virtual_positions(self.model, in_labels=True)
-            weights = torch.nn.functional.pad(weights[:, 1:], (before, 0)) / total.clamp(min=1e-12)
-            total = torch.ones_like(total)
+            weights = torch.nn.functional.pad(weights[:, 1:], (virtual_positions(self.model, in_labels=True), 0))
+            weights, total = weights / total.clamp(min=1e-12), torch.ones_like(total)
         with weighted_outputs(model, weights):
             return super().compute_loss(model, inputs, return_outputs, total)
 
@@ -414,8 +404,8 @@ def make_trainer(
     arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
     optimizer = method_optimizer(config, model, *SFTTrainer.get_optimizer_cls_and_kwargs(arguments, model))
     trainer = KitTrainer(
-        model=model, args=arguments, optimizers=(optimizer, None), processing_class=tokenizer, train_dataset=to_dataset(train_rows),
-        eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress,
+        model=model, args=arguments, optimizers=(optimizer, None), processing_class=tokenizer, progress=progress,
+        train_dataset=to_dataset(train_rows), eval_dataset=to_dataset(eval_rows) if eval_rows else None,
         keep=config.training.save_total_limit)
     if config.method == "adalora":
         trainer.add_callback(RankBudget())

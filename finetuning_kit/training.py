@@ -170,7 +170,8 @@ def open_run(
     model = prepare_model(config, model, rows[0])
     check_fit(rows[0] + rows[1], model)
     config, packed = settle_packing(config, model, rows[0])
-    run = TrainedRun(model, tokenizer, folder, config, notes=notes + settled + suited + method_notes(config, model) + packed)
+    notes += settled + suited + method_notes(config, model) + packed
+    run = TrainedRun(model, tokenizer, folder, config, notes=notes)
     describe_start(run, rows, fingerprint, checkpoint)
     return run, {**saved, "fingerprint": fingerprint}, checkpoint
 
