@@ -256,7 +256,8 @@ USUAL_RATE = {"lora": 2e-4, "full": 1e-5, "freeze": 1e-5, "adalora": 2e-4, "ia3"
               "prompt": 3e-2, "p_tuning": 1e-3, "ln_tuning": 1e-3}  # method -> where to start on a model of billions
 VARIANTS = {"qlora": {"load_in_4bit": True}, "rslora": {"lora.use_rslora": True}, "dora": {"lora.use_dora": True},
             "pissa": {"lora.init_lora_weights": "pissa"}, "olora": {"lora.init_lora_weights": "olora"},
-            "loftq": {"lora.init_lora_weights": "loftq"}, "eva": {"lora.init_lora_weights": "eva"},
+            "loftq": {"load_in_4bit": True, "lora.init_lora_weights": "loftq"},
+            "eva": {"lora.init_lora_weights": "eva"},
             "lora+": {"lora.loraplus_ratio": 16.0}}  # LoRA under another word -> what it sets
 
 
@@ -309,7 +310,7 @@ def settle_method(
     start = config.lora.init_lora_weights if config.lora else "default"
     why = ("needs an adapter, for 4-bit weights cannot be trained" if not config.trains_adapter else
            f"and a start by {start} exclude each other, for it takes the weights apart"
-           if start in ("pissa", "olora", "loftq") else "")
+           if start in ("pissa", "olora") else "")
     if config.load_in_4bit and why:
         if "load_in_4bit" in asked:
             raise ValueError(f"`load_in_4bit` {why}; set it to false, or choose another `method`")

@@ -15,6 +15,7 @@ from .config import FineTuningConfig, LoRAConfig
 from .evaluation import generate_answers, rouge_scores
 from .loading import load_records
 from .machine import precision_of, resolve_config
+from .methods import add_lora
 from .models import get_target_modules, load_model, load_tokenizer
 from .reading import read_rows
 from .records import Document
@@ -22,7 +23,7 @@ from .runs import RunFolder
 from .settings import FinetuningError
 from .encoding import EncodedRow
 from .tokens import encode_prompt, encode_records, to_dataset
-from .training import add_lora, train
+from .training import train
 
 # %% ../nbs/49_finetuner.ipynb #8eade428
 TEXT_NAMES = ("text", "content", "input", "output", "prompt", "response", "instruction", "question", "answer")
@@ -147,15 +148,17 @@ class AdapterSteps(DataSteps):
         num_epochs: int = 3,  # passes over the rows
         batch_size: int = 4,  # rows in one forward pass; four passes make a step
         learning_rate: float = 2e-4,  # step size at its peak
+        eval_dataset=None,  # rows alike to measure the loss on; None: none
     ) -> None:  # adapter and tokenizer lie in `output_dir`, everything else in `output_dir/run`
         "Train the adapter and save it"
         self._need("peft_model", "setup_lora")
-        rows = [EncodedRow(row["input_ids"], row["labels"]) for row in train_dataset]
+        rows, held_out = ([EncodedRow(row["input_ids"], row["labels"]) for row in dataset]
+                          for dataset in (train_dataset, eval_dataset or []))
         schedule = {"num_train_epochs": num_epochs, "per_device_train_batch_size": batch_size,
                     "learning_rate": learning_rate, "warmup_steps": 0.03}
         config = self.config.replace(**{f"training.{name}": value for name, value in schedule.items()})
         folder = RunFolder(Path(self.output_dir) / "run")
-        done = train(config, rows, model=self.peft_model, tokenizer=self.tokenizer, folder=folder)
+        done = train(config, rows, held_out, model=self.peft_model, tokenizer=self.tokenizer, folder=folder)
         self.notes += done.notes
         if done.status == "finished":
             shutil.copytree(folder.adapter, self.output_dir, dirs_exist_ok=True)

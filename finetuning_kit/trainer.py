@@ -20,6 +20,8 @@ from .checkpoints import best_steps, checkpoint_step, checkpoints_to_drop, drop_
 from .checkpoints import saved_checkpoints, seal_checkpoint
 from .config import FineTuningConfig
 from .machine import has_bitsandbytes, precision_of
+from .methods import RankBudget, load_method_state, method_optimizer, save_method_state
+from .methods import virtual_positions
 from .packing import RowCollator, check_packing, pack_rows, padding_share
 from .packing import weight_sum, weighted_outputs
 from .processes import EvenOrder, fill_up, is_main_process, meet, n_processes, opened_once
@@ -68,6 +70,7 @@ def check_fit(
     "Refuse token ids and lengths that a model has no place for."
     n_ids = model.get_input_embeddings().weight.shape[0]
     highest, longest = max(max(row.input_ids) for row in rows), max(row.n_tokens for row in rows)
+    longest += virtual_positions(model)
     n_positions = getattr(model.config, "max_position_embeddings", None) or longest
     if highest >= n_ids:
         raise FinetuningError(f"the rows use token {highest}, the model knows 0 to {n_ids - 1}; "
@@ -97,7 +100,8 @@ class WeightedTrainer(SFTTrainer):
         weights, total = inputs.pop("weights", None), num_items_in_batch
         if weights is not None:
             total = weight_sum([{**inputs, "weights": weights}]) if total is None else total
-            weights, total = weights[:, 1:] / total.clamp(min=1e-12), torch.ones_like(total)
+            weights = torch.nn.functional.pad(weights[:, 1:], (virtual_positions(self.model, in_labels=True), 0))
+            weights, total = weights / total.clamp(min=1e-12), torch.ones_like(total)
         with weighted_outputs(model, weights):
             return super().compute_loss(model, inputs, return_outputs, total)
 
@@ -239,6 +243,11 @@ class KitTrainer(WatchfulTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         write_weights(self.model, self.processing_class, output_dir)
+        save_method_state(self.model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not load_method_state(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
         folder, step, settings = self.progress.folder, self.state.global_step, self.progress.settings
@@ -299,6 +308,8 @@ def packing_problem(
     "Ask whether packs are safe here."
     if n_processes() > 1:
         return "several processes train together, and would not have equally many packs"
+    if virtual_positions(model):
+        return "the trained positions stand before each row, and a pack of rows has one beginning"
     check = check_packing(model, rows)
     return "" if check.passed else str(check)
 
@@ -391,10 +402,12 @@ def make_trainer(
     if n_processes() > 1:  # equally many batches for each
         train_rows = fill_up(train_rows, arguments.train_batch_size * n_processes())
         eval_rows = fill_up(eval_rows, arguments.eval_batch_size * n_processes())
+    optimizer = method_optimizer(config, model, *SFTTrainer.get_optimizer_cls_and_kwargs(arguments, model))
     trainer = KitTrainer(
-        model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
-        eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress, rows=train_rows,
-        keep=config.training.save_total_limit, callbacks=callbacks)
+        model=model, args=arguments, optimizers=(optimizer, None), processing_class=tokenizer, progress=progress,
+        train_dataset=to_dataset(train_rows), eval_dataset=to_dataset(eval_rows) if eval_rows else None,
+        rows=train_rows, keep=config.training.save_total_limit,
+        callbacks=[*callbacks, *[RankBudget()] * (config.method == "adalora")])
     trainer.n_rows, pad_id = n_rows, trainer.data_collator.pad_token_id
     trainer.data_collator = RowCollator(pad_id, pack_length(config, train_rows + eval_rows, on_cpu) if packed else None)
     if isinstance(model, PeftModel):  # TRL rounds the adapter of a 4-bit model to bf16

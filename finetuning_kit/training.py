@@ -18,16 +18,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_steps',
-           'run_loop', 'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView',
-           'RunPanel', 'WorkingPanel', 'TrainingPanel']
+__all__ = ['FIRST', 'PIXEL', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_steps', 'run_loop',
+           'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView', 'RunPanel',
+           'WorkingPanel', 'TrainingPanel']
 
 # %% ../nbs/45_training.ipynb #011c04e9
 import finetuning_kit
 from .census import png
-from .config import FineTuningConfig, LoRAConfig, save_config, schedule_lines
+from .config import FineTuningConfig, save_config, schedule_lines
 from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
-from .machine import precision_of, probe_machine, resolve_config
+from .machine import probe_machine, resolve_config
+from .methods import add_lora, base_precision, method_notes, prepare_method, settle_for_method
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
 from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, library_versions
 from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
@@ -41,30 +42,8 @@ from .trainer import check_fit, check_rows, labelled_positions, make_trainer, ow
 
 # %% ../nbs/45_training.ipynb #208e11ce
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel
 from transformers import set_seed
-
-# %% ../nbs/45_training.ipynb #de7cd7ed
-def add_lora(
-    model,  # a base model
-    lora: LoRAConfig,  # rank, strength, layers
-    base_name: str | None = None,  # what the adapter's files call the base; None: where it was loaded from
-) -> PeftModel:  # the base, frozen, with a fresh adapter on every chosen layer
-    "Put an adapter on a model."
-    names = {name.split(".")[-1] for name, part in model.named_modules() if not list(part.children())}
-    wanted = [] if isinstance(lora.target_modules, str) else lora.target_modules
-    unknown = [name for name in wanted if name.split(".")[-1] not in names]
-    if unknown:
-        linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        raise FinetuningError(f"`target_modules` names {unknown[0]!r}, which no layer of this model is called; "
-                              f"it has {', '.join(sorted(linear))}; \"all-linear\" takes all but the head")
-    settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, bias=lora.bias,
-        target_modules=lora.target_modules, modules_to_save=lora.modules_to_save, task_type="CAUSAL_LM")
-    with quiet_libraries():
-        adapted = get_peft_model(model, settings)
-    settings.base_model_name_or_path = base_name or settings.base_model_name_or_path
-    return adapted
 
 # %% ../nbs/45_training.ipynb #4f21a89a
 def shown_name(
@@ -77,26 +56,16 @@ def shown_name(
 def prepare_model(
     config: FineTuningConfig,  # resolved settings
     model=None,  # a loaded base, or a model with an adapter to train on; None: load `model_name`
+    rows: list[EncodedRow] = (),  # training rows: AdaLoRA counts its steps by them, EVA starts from them
 ):  # the model, its trainable parameters chosen
     "Make a model trainable as the config says."
     if model is None:
         device = probe_machine().device if config.device_map == "auto" else config.device_map
-        precision = precision_of(config) if config.lora else "fp32"
-        model = load_model(config.model_name, config.load_in_4bit, precision, device)
-    in_4bit = getattr(model, "is_loaded_in_4bit", False)
-    if in_4bit:
+        model = load_model(config.model_name, config.load_in_4bit, base_precision(config), device)
+    if getattr(model, "is_loaded_in_4bit", False):
         keep_gradients(model)
     set_seed(config.training.seed)
-    if config.lora is None and in_4bit:
-        raise FinetuningError("`lora` is null and the model is in 4 bits, whose weights cannot be trained; "
-                              "give `lora`, or load it with `load_in_4bit: false`")
-    if config.lora is None:
-        return model.requires_grad_(True)
-    if isinstance(model, PeftModel):
-        return model
-    if in_4bit:
-        model = prepare_model_for_kbit_training(model, config.training.gradient_checkpointing)
-    return add_lora(model, config.lora, shown_name(config.model_name))
+    return prepare_method(config, model, rows, shown_name(config.model_name))[0]
 
 # %% ../nbs/45_training.ipynb #73edebd7
 @dataclass
@@ -235,12 +204,13 @@ def open_run(
     notes = check_rows(*rows)
     tokenizer = tokenizer or load_tokenizer(config.model_name)
     config, settled = resolve_config(config, tokenizer=tokenizer)
+    config, suited = settle_for_method(config)
     join_processes(on_cpu=config.device_map == "cpu")
     folder, fingerprint = folder or RunFolder.for_config(config), run_fingerprint(config, *rows)
     start, source = find_start(folder, resume, fingerprint, config.allow_drift), warm_weights(resume)
     if not folder.is_open:
         folder.open(resume)
-    model = prepare_model(config, model)
+    model = prepare_model(config, model, rows[0])
     check_fit(rows[0] + rows[1], model)
     if source is None and start.checkpoint is None and resume:  # a warm start that was killed before its first save
         source = warm_weights(f"weights:{folder.load_json('run.json').get('warm_start')}", must=False)
@@ -251,7 +221,7 @@ def open_run(
         set_aside(folder, start.saved["step"])
     config, packed = settle_packing(config, model, rows[0])
     shares = [f"rows: {schedule_lines(config.training, None, n_processes())['effective batch']}"] * (n_processes() > 1)
-    notes += settled + packed + shares + start.notes + room_note(folder, model)
+    notes += settled + suited + method_notes(config, model) + packed + shares + start.notes + room_note(folder, model)
     run = TrainedRun(model, tokenizer, folder, config, notes=notes)
     fingerprint["base_weights"] = fingerprint["base_weights"] or base_fingerprint(config.model_name)
     if is_main_process():

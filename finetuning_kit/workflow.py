@@ -20,8 +20,9 @@ from .checkpoints import find_start, run_fingerprint
 from .config import FineTuningConfig, demo_config
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
-from .machine import precision_of, probe_machine, resolve_config
+from .machine import probe_machine, resolve_config
 from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
+from .methods import METHOD_WORDS, base_precision, can_merge
 from .models import count_parameters, load_model, load_tokenizer
 from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
@@ -110,7 +111,8 @@ def model_card(
     head = ["---", "library_name: " + ("peft" if shape == "adapter" else "transformers"), *hub,
             "tags: [finetuning_kit]", "---"]
     parts = [f"# {base}, fine-tuned on {Path(data['source']).stem}",
-             f"The {shape} of a fine-tuning run: {base}, trained on {data['rows']} rows "
+             f"The {shape} of a fine-tuning run of {base} (`method` {config.method}: {METHOD_WORDS[config.method]}), "
+             f"on {data['rows']} rows "
              f"(`{data['source']}`, SHA-256 `{data['sha256'][:16]}…`).",
              "## Before and after", result.table(), "## Settings",
              markdown_table(["setting", "value"], [row[:2] for row in card_settings(config)])]
@@ -130,7 +132,7 @@ class FineTuned:
     run: TrainedRun  # the training itself: history, model, seconds
     comparison: Comparison | None = None  # base beside tuned; None where the rows ask nothing
     facts: tuple | None = None  # share of plain facts completed, base and tuned; None but for the pocket model
-    merge_check: MergeCheck | None = None  # merged beside adapter; None without an adapter
+    merge_check: MergeCheck | None = None  # merged beside adapter; None without an adapter that can be merged
     notes: list[str] = field(default_factory=list)  # everything that differs from what was asked for
 
     @property
@@ -158,7 +160,7 @@ class FineTuned:
 
 LAYOUT = {
     "README.md": "this run in one page", "final_model": "the merged model, ready to load",
-    "adapter": "the LoRA adapter alone", "best_model": "the adapter with the lowest held-out loss",
+    "adapter": "the adapter alone, to load with its base", "best_model": "the adapter with the lowest held-out loss",
     "checkpoints": "where a run can be resumed", "loss.png": "the loss plot", "samples.jsonl": "questions and answers",
     "metrics.json": "what was measured", "config.yaml": "the settings, for --config and another --output-dir",
     "run.json": "versions, machine, data, notes", "events.jsonl": "everything that happened, a line each",
@@ -192,7 +194,7 @@ def merge_and_verify(
     n_prompts: int = 64,  # questions asked of both models
 ) -> MergeCheck:  # how far the merged model is from the trained one
     "Write the merged model into the run's folder and compare it with the trained one"
-    base, trained_as = config.model_name, {"precision": precision_of(config), "load_in_4bit": config.load_in_4bit}
+    base, trained_as = config.model_name, {"precision": base_precision(config), "load_in_4bit": config.load_in_4bit}
     record_base(run.folder.adapter, base, **trained_as)
     shutil.rmtree(run.folder.final_model, ignore_errors=True)  # of an earlier session that broke off here
     merge_lora_weights(base, run.folder.adapter, run.folder.final_model, **trained_as)
@@ -229,9 +231,10 @@ def write_account(
         metrics["facts_completed"] = dict(zip(("base", "tuned"), result.facts))
     if result.merge_check is not None:
         metrics["merge"] = result.merge_check.to_dict()
-        RunFiles(folder.adapter).save_text("README.md", model_card(result, "adapter"))
-    if result.status == "finished" and folder.final_model.is_dir():
-        RunFiles(folder.final_model).save_text("README.md", model_card(result, "model"))
+    if result.status == "finished":
+        for kind, place in (("adapter", folder.adapter), ("model", folder.final_model)):
+            if place.is_dir():
+                RunFiles(place).save_text("README.md", model_card(result, kind))
     folder.update_json("metrics.json", **metrics)
     folder.update_json("run.json", notes=result.notes, complete=result.status == "finished")
     folder.save_text("README.md", f"# {folder.path.name}\n\n{result._repr_markdown_()}\n")
@@ -254,9 +257,13 @@ def judge(
     after = measure(run.model, run.tokenizer, config, result.data, max_answers)
     result.comparison = compare(before[0], after[0]) if after[0] is not None else None
     result.facts = (before[1], after[1]) if after[1] is not None else None
-    if config.lora is not None:
+    if can_merge(config):
         tell({"type": "stage", "name": "merge"})
         result.merge_check = merge_and_verify(run, config, result.data)
+    elif config.trains_adapter:
+        record_base(run.folder.adapter, config.model_name, base_precision(config), config.load_in_4bit)
+        result.notes.append(f"`method` {config.method} puts positions before the text and changes no weight, so there "
+                            "is nothing to merge: the run ends with its `adapter`, which is loaded with its base")
 
 # %% ../nbs/48_workflow.ipynb #4fb142c6
 def open_place(
@@ -295,7 +302,7 @@ def fine_tune(
     rows = (data.train_rows.rows, data.eval_rows.rows)
     join_processes(on_cpu=config.device_map == "cpu")
     folder = open_place(config, folder, rows, resume)
-    model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=precision_of(config),
+    model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=base_precision(config),
                        device=config.device_map)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
