@@ -1,4 +1,4 @@
-"""Several processes, one run: the losses of a single process, one set of files, one voice. Each run has processes of its own."""
+"""Several processes, one run: the losses of a single process, one set of files, one voice; each run is real."""
 import json
 import os
 import shlex
