@@ -79,7 +79,7 @@ def fsdp_environment():
 SPREAD = """
 from accelerate.state import DistributedType, PartialState
 
-PartialState._prepare_backend = lambda self, *words: ("gloo", DistributedType.MULTI_GPU)  # FSDP wants GPUs; gloo will do
+PartialState._prepare_backend = lambda self, *words: ("gloo", DistributedType.MULTI_GPU)  # no GPU is needed
 """
 
 
