@@ -1,4 +1,4 @@
-"""Several processes, one run: the losses of a single process, one set of files, one voice. Each run has processes of its own."""
+"""Several processes, one run: the losses of a single process, one set of files, one voice; each run is real."""
 import json
 import os
 import shlex
@@ -79,7 +79,7 @@ def fsdp_environment():
 SPREAD = """
 from accelerate.state import DistributedType, PartialState
 
-PartialState._prepare_backend = lambda self, *words: ("gloo", DistributedType.MULTI_GPU)  # FSDP wants GPUs; gloo will do
+PartialState._prepare_backend = lambda self, *words: ("gloo", DistributedType.MULTI_GPU)  # no GPU is needed
 """
 
 
@@ -231,8 +231,8 @@ def test_the_command_in_two_processes(tmp_path):
         records = load_records(source)[:n]
         lines = [json.dumps({"instruction": r.instruction, "input": r.input, "output": r.output}) for r in records]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    words = ("train --dataset train.jsonl --eval-dataset test.jsonl --num-train-epochs 1 --logging-steps 1 --eval-steps 2 "
-             "--per-device-train-batch-size 4 --lora-dropout 0 --packing false --max-seq-length 128")
+    words = ("train --dataset train.jsonl --eval-dataset test.jsonl --num-train-epochs 1 --logging-steps 1 "
+             "--eval-steps 2 --per-device-train-batch-size 4 --lora-dropout 0 --packing false --max-seq-length 128")
     several = shlex.split(launch_command("cpu", 2, port=29541,
                                          arguments=f"{words} --output-dir two --gradient-accumulation-steps 2"))[1:]
     alone = ["-m", "finetuning_kit.cli", *words.split(), "--output-dir", "one", "--gradient-accumulation-steps", "4"]
