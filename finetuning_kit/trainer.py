@@ -109,9 +109,9 @@ class WeightedTrainer(SFTTrainer):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
         for one in inputs.get("packs", [inputs]):
             loss = super().prediction_step(model, one, True, ignore_keys)[0]
-            weight, n = weight_sum([one]).to(loss.device), (one["labels"][:, 1:] != -100).sum().double().to(loss.device)
+            weight, n = weight_sum([one]).double().to(loss.device), (one["labels"][:, 1:] != -100).sum().to(loss.device)
             share = self._metrics["eval"]["mean_token_accuracy"][-1]
-            self.measured.append(torch.stack([loss.double() * weight, weight.double(), share * n, n]))
+            self.measured.append(torch.stack([loss * weight, weight, share * n.double(), n.double()]))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -119,8 +119,8 @@ class WeightedTrainer(SFTTrainer):
         self.measured = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(torch.stack(self.measured).sum(0), "sum")
-        output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1].clamp(min=1e-12)).item()
-        output.metrics[f"{metric_key_prefix}_token_accuracy"] = (sums[2] / sums[3].clamp(min=1)).item()
+        for what, n in (("loss", 0), ("token_accuracy", 2)):
+            output.metrics[f"{metric_key_prefix}_{what}"] = (sums[n] / sums[n + 1].clamp(min=1e-12)).item()
         return output
 
 # %% ../nbs/44_trainer.ipynb #f4a04beb
@@ -173,13 +173,14 @@ class QuietTrainer(WeightedTrainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not torch.nn.utils.get_total_norm(trained.values()).isfinite():
+        norm = float(torch.nn.utils.get_total_norm(trained.values()))
+        if not math.isfinite(norm):
             broken = next((name for name, p in trained.items() if not p.isfinite().all()), "norm of all weights")
-            self.check_finite(broken, math.nan, self.state.global_step)
+            self.check_finite(broken, norm, self.state.global_step)
         self.passes = []
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-# %% ../nbs/44_trainer.ipynb #e3919814
+# %% ../nbs/44_trainer.ipynb #2423a6b3
 class WatchfulTrainer(QuietTrainer):
     "The same, with a judgement of every step, made before the optimizer moves a weight."
 
@@ -213,9 +214,9 @@ class WatchfulTrainer(QuietTrainer):
         odd = self.progress.vitals.look(norm, loss)
         if odd == "spike" and self.progress.settings.on_spike == "stop":
             raise spike_error(self.where(step), self.progress)
-        texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together; `on_spike` is warn, so the step "
-                          "was taken", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
-                 "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and at the labels"}
+        texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together, and the step was taken, for "
+                          "`on_spike` is warn", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
+                 "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and the labels"}
         if odd:
             self.progress.warn(odd, step, texts[odd])
 
@@ -245,7 +246,7 @@ class KitTrainer(WatchfulTrainer):
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         found = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's, not the checkpoint's
+        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's affair
         return found
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -319,7 +320,7 @@ def trainer_arguments(
     if training.packing:  # a step's rows are packed together: the same steps, in as many passes as packs
         words.update(per_device_train_batch_size=training.effective_batch_size, gradient_accumulation_steps=1,
                      per_device_eval_batch_size=max(64, words["per_device_eval_batch_size"]))
-    for what in ("eval", "save"):  # an epoch is a number of steps: a run resumed at its last one measures and saves alike
+    for what in ("eval", "save"):  # an epoch is a number of steps: a run resumed at its end measures and saves alike
         if getattr(training, f"{what}_strategy") == "epoch":
             words[f"{what}_steps"] = math.ceil(training.steps_per_epoch(n_rows) / int(os.environ.get("WORLD_SIZE", 1)))
     words["warmup_steps"] = training.resolved_warmup(n_rows)
@@ -343,8 +344,8 @@ def check_settings(
 ) -> None:  # raises
     "Refuse settings that this machine or these rows cannot keep."
     if config.training.early_stopping and not eval_rows:
-        raise FinetuningError("`early_stopping` needs held-out rows, and there are none; name an `eval_dataset`, or set "
-                              "`split_ratio` to 0.1")
+        raise FinetuningError("`early_stopping` needs held-out rows, and there are none; name an `eval_dataset`, or "
+                              "set `split_ratio` to 0.1")
     if "8bit" in config.training.optim and not has_bitsandbytes():
         raise FinetuningError(f"`optim` {config.training.optim} needs bitsandbytes; run `pip install "
                               "finetuning_kit[qlora]`, or set it to adamw_torch_fused")

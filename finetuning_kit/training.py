@@ -192,7 +192,7 @@ def run_steps(
     run.n_steps = trainer.state.global_step
     return run.n_steps >= trainer.state.max_steps
 
-
+# %% ../nbs/45_training.ipynb #1ad2bdcc
 def run_loop(
     run: TrainedRun,  # prepared
     progress: RunProgress,  # hears what happens

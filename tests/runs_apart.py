@@ -121,7 +121,19 @@ def silence(step):
         0.0 if self.state.global_step + 1 >= step and self.model.training else 1.0)
 
 
-FAULTS = {"silence": silence, "loss": break_loss, "gradient": break_gradient, "weight": break_weight, "spike": blow_up}
+def overshoot(step, rate):
+    "In a step the learning rate is far too high."
+    count = KitTrainer.training_step
+
+    def broken(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        return count(self, *args, **kwargs)
+    KitTrainer.training_step = broken
+
+
+FAULTS = {"silence": silence, "rate": overshoot, "loss": break_loss, "gradient": break_gradient, "weight": break_weight, "spike": blow_up}
 
 
 def listener(plan):
