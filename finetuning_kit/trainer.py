@@ -91,8 +91,7 @@ class WeightedTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The weighted loss of one forward pass, as a share of its step's."
-        inputs = dict(inputs)
-        weights, total = inputs.pop("weights", None), num_items_in_batch
+        weights, total = (inputs := dict(inputs)).pop("weights", None), num_items_in_batch
         if weights is not None:
             total = weight_sum([{**inputs, "weights": weights}]) if total is None else total
             weights, total = weights[:, 1:] / total.clamp(min=1e-12), torch.ones_like(total)
@@ -107,11 +106,11 @@ class WeightedTrainer(SFTTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
-        for one in inputs.get("packs", [inputs]):
+        for one in map(self._prepare_inputs, inputs.get("packs", [inputs])):
             loss = super().prediction_step(model, one, True, ignore_keys)[0]
-            weight, n = weight_sum([one]).double().to(loss.device), (one["labels"][:, 1:] != -100).sum().to(loss.device)
-            share = self._metrics["eval"]["mean_token_accuracy"][-1]
-            self.measured.append(torch.stack([loss * weight, weight, share * n.double(), n.double()]))
+            weight, n = weight_sum([one]).double(), (one["labels"][:, 1:] != -100).sum().double()
+            right = n * self._metrics["eval"]["mean_token_accuracy"][-1]
+            self.measured.append(torch.stack([loss * weight, weight, right, n]))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
