@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from array import array
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -278,6 +279,7 @@ def check_same_run(
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
+@cache
 def library_versions() -> dict[str, str]:  # package -> version; those that are not installed are left out
     "Read the versions of the libraries that decide a run's digits."
     found = {}

@@ -40,7 +40,12 @@ def write_weights(
 ) -> None:
     "Write an adapter or a whole model with its tokenizer: no card, no path of this machine."
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(path, **options)
+    try:
+        if isinstance(model, PeftModel):
+            model.create_or_update_model_card = lambda path: None  # a third of the time of a save, for a card to delete
+        model.save_pretrained(path, **options)
+    finally:
+        vars(model).pop("create_or_update_model_card", None)
     tokenizer.save_pretrained(path)
     (Path(path) / "README.md").unlink(missing_ok=True)
 

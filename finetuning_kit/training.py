@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_steps',
+__all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'run_steps', 'describe_start', 'finish_run',
            'run_loop', 'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView',
            'RunPanel', 'WorkingPanel', 'TrainingPanel']
 
@@ -124,6 +124,26 @@ class TrainedRun:
         return (f"{self.status} after {self.n_steps} steps and {self.seconds:.0f} s; "
                 f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {count_parameters(self.model)}")
 
+# %% ../nbs/45_training.ipynb #a4a086a5
+def run_steps(
+    run: TrainedRun,  # prepared
+    progress: RunProgress,  # hears what happens
+    rows: tuple,  # rows to learn from, to measure on
+    checkpoint: Path | None,  # where to go on
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first
+) -> bool:  # whether all steps are done
+    "Let the trainer run; nothing of it stays behind."
+    trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks)
+    if checkpoint:
+        over = early_end(progress.history, run.config.training)
+        if over or checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
+            trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
+            run.n_steps, progress.stop_reason = checkpoint_step(checkpoint), EARLY if over else None
+            return not over
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    run.n_steps = trainer.state.global_step
+    return run.n_steps >= trainer.state.max_steps
+
 # %% ../nbs/45_training.ipynb #0e7f749b
 def describe_start(
     run: TrainedRun,  # about to start
@@ -171,26 +191,6 @@ def finish_run(
         (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
     folder.update_json("run.json", status=run.status, ended=run.ended, n_steps=run.n_steps, notes=run.notes,
                        signal=run.signal, seconds=round(run.seconds, 2))
-
-# %% ../nbs/45_training.ipynb #a4a086a5
-def run_steps(
-    run: TrainedRun,  # prepared
-    progress: RunProgress,  # hears what happens
-    rows: tuple,  # rows to learn from, to measure on
-    checkpoint: Path | None,  # where to go on
-    callbacks: tuple = (),  # TrainerCallbacks that hear it first
-) -> bool:  # whether all steps are done
-    "Let the trainer run; nothing of it stays behind."
-    trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks)
-    if checkpoint:
-        over = early_end(progress.history, run.config.training)
-        if over or checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
-            trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
-            run.n_steps, progress.stop_reason = checkpoint_step(checkpoint), EARLY if over else None
-            return not over
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    run.n_steps = trainer.state.global_step
-    return run.n_steps >= trainer.state.max_steps
 
 # %% ../nbs/45_training.ipynb #1ad2bdcc
 def run_loop(
