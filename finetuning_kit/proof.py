@@ -68,7 +68,7 @@ def divergence(
     "Measure how far two models' expectations lie apart."
     return max(0.0, float((before.exp() * (before - after)).sum(-1).mean()))
 
-# %% ../nbs/43c_proof.ipynb #26c5b782
+# %% ../nbs/43c_proof.ipynb #c3ace619
 def memory_of(
     model,  # a model, with or without adapter
 ) -> dict:  # name, as it stands in a file -> tensor
@@ -92,7 +92,7 @@ def unlike_on_disk(
                     unlike.append(name)
     tied = {memory[name].data_ptr() for name in seen}
     trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
-    return unlike + [name for name, tensor in memory.items() if name not in seen and tensor.data_ptr() in trained - tied]
+    return unlike + [name for name in memory.keys() - seen if memory[name].data_ptr() in trained - tied]
 
 
 def load_weights(
@@ -113,7 +113,7 @@ def load_weights(
     else:
         model.load_state_dict(saved, strict=False)
 
-# %% ../nbs/43c_proof.ipynb #a42e0485
+# %% ../nbs/43c_proof.ipynb #3c017466
 @dataclass
 class Before:
     "What is remembered of a model before its first step."
@@ -135,18 +135,19 @@ class Proof:
         found = ["no trained weight moved: look at `learning_rate`, at the warm-up, and at what is trained"] * (
             not self.moved > 0)
         found += ["the model answers its own training rows exactly as before"] * (not self.divergence > 0)
-        return found + [f"the saved files differ from the model in memory: {', '.join(self.unlike[:3])}"] * bool(self.unlike)
+        differ = f"the saved files differ from the model in memory: {', '.join(self.unlike[:3])}"
+        return found + [differ] * bool(self.unlike)
 
     def __repr__(self):
         words = "; ".join(self.problems) or "the saved files hold it"
         return (f"trained weights moved by {self.moved:.3g} (on a sample); answers {self.divergence:.3g} nats a token "
                 f"from the base; {words}")
 
-
+# %% ../nbs/43c_proof.ipynb #6bf56d9c
 def remember(
     model,  # ready to train
     rows: list[EncodedRow],  # training rows; the first four are asked
-) -> Before:
+) -> Before:  # what `prove` compares with
     "Look at a model before its first step."
     some = rows[:4]
     return Before(sample_weights(model), some, None if isinstance(model, PeftModel) else next_words(model, some))
@@ -156,7 +157,7 @@ def prove(
     model,  # trained
     before: Before,  # how it started
     folder: str | Path,  # where it was saved
-) -> Proof:
+) -> Proof:  # three figures and a verdict
     "Show that a run changed its model, and that the files hold the change."
     words, base = next_words(model, before.rows), before.words
     if base is None:

@@ -1,7 +1,4 @@
-"""Training runs in processes of their own, forked from a server that imported everything once.
-
-    python -m tests.runs_apart 200       kill 200 runs at random moments, go on, and compare with an unbroken run
-"""
+"""Training runs in processes of their own, forked from a server that imported everything once."""
 import builtins
 import hashlib
 import json
@@ -11,8 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +15,6 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-
 
 from finetuning_kit.config import demo_config
 from finetuning_kit.loading import load_records
@@ -34,8 +28,8 @@ TOKENIZER = load_tokenizer("pocket")
 ROWS = encode_records(TOKENIZER, load_records("pocket")[:48], max_length=128).rows
 BASIS = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 3, "save_total_limit": 2,
          "eval_steps": 3, "lora.lora_dropout": 0.1, "lora.r": 4}
-WRITERS = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (shutil, "rmtree"),
-           (torch, "save"), (safetensors.torch, "save_file"), (Path, "write_text"), (builtins, "open"))
+WRITERS = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"),
+           (shutil, "rmtree"), (torch, "save"), (safetensors.torch, "save_file"), (Path, "write_text"), (builtins, "open"))
 
 
 class Outcome(NamedTuple):
@@ -121,7 +115,19 @@ def silence(step):
         0.0 if self.state.global_step + 1 >= step and self.model.training else 1.0)
 
 
-FAULTS = {"silence": silence, "loss": break_loss, "gradient": break_gradient, "weight": break_weight, "spike": blow_up}
+def overshoot(step, rate):
+    "In a step the learning rate is far too high."
+    count = KitTrainer.training_step
+
+    def broken(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        return count(self, *args, **kwargs)
+    KitTrainer.training_step = broken
+
+
+FAULTS = {"silence": silence, "rate": overshoot, "loss": break_loss, "gradient": break_gradient, "weight": break_weight, "spike": blow_up}
 
 
 def listener(plan):
@@ -221,17 +227,3 @@ def kill_at_random(n, home, seed=0, changes=None):
         if same:
             shutil.rmtree(place)
     return tally
-
-
-if __name__ == "__main__":
-    from tests import runs_apart
-
-    there = Path(tempfile.mkdtemp())
-    tally = runs_apart.kill_at_random(int(sys.argv[1]), there, seed=int(time.time()))
-    print(f"{sum(same for same, _, _ in tally)} of {len(tally)} runs ended as the unbroken one; "
-          f"{sum(kept and not done for _, kept, done in tally)} had a checkpoint to go on from, "
-          f"{sum(done for *_, done in tally)} had finished before the kill")
-    failed = [n for n, (same, *_) in enumerate(tally) if not same]
-    print(f"these differed, and lie in {there}: {failed}" if failed else "none differed")
-    if not failed:
-        shutil.rmtree(there)
