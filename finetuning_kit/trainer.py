@@ -158,7 +158,8 @@ class RunProgress(Progress):
                  "learning_rate": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
         self.window = []
         self.history.append(entry)
-        self.emit("log", **entry, n_steps=self.n_steps, token_accuracy=logs.get("mean_token_accuracy"))
+        self.emit("log", **entry, n_steps=self.n_steps, token_accuracy=logs.get("mean_token_accuracy"),
+                  **logs.get("pace", {}))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         "Report the held-out loss; the lowest so far becomes `best_model`."
@@ -251,9 +252,10 @@ class QuietTrainer(WeightedTrainer):
         *args,  # TRL's
         progress: RunProgress,  # hears every step
         keep: int = 3,  # checkpoints kept
+        callbacks: list[TrainerCallback] = (),  # called before `progress`
         **kwargs,  # TRL's
     ):
-        super().__init__(*args, callbacks=[progress], **kwargs)
+        super().__init__(*args, callbacks=[*callbacks, progress], **kwargs)
         self.progress, self.keep, self.stage = progress, keep, None
         self.remove_callback(PrinterCallback)
 
@@ -385,6 +387,7 @@ def make_trainer(
     tokenizer,  # its tokenizer
     rows: tuple[list[EncodedRow], list[EncodedRow]],  # to learn from, to measure on
     progress: RunProgress,  # hears what happens
+    callbacks: list[TrainerCallback] = (),  # called before it
 ) -> KitTrainer:  # ready to run
     "Build the trainer of a run."
     train_rows, eval_rows = rows
@@ -393,7 +396,7 @@ def make_trainer(
     arguments = trainer_arguments(config, progress.folder, len(train_rows), bool(eval_rows), model.device.type == "cpu")
     trainer = KitTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=to_dataset(train_rows),
-        eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress,
+        eval_dataset=to_dataset(eval_rows) if eval_rows else None, progress=progress, callbacks=callbacks,
         keep=config.training.save_total_limit)
     pad_id, on_cpu = trainer.data_collator.pad_token_id, model.device.type == "cpu"
     packed = config.training.packing
