@@ -43,7 +43,7 @@ def pace_words(
         words.append(f"about {clock_words(seconds / done * (standing.n_steps - standing.step))} left")
     return words
 
-# %% ../nbs/44b_standing.ipynb #72906a99
+# %% ../nbs/44b_standing.ipynb #0f7e3984
 class Ears:
     "What each kind of event changes"
 
@@ -73,7 +73,7 @@ class Ears:
         right = [each["right"][step] for each in self.samples.values() if step in each["right"]]
         entry = next((entry for entry in self.history if entry["step"] == step and "exact_match" in entry), None)
         self.history += [{"step": step, "exact_match": 0.0}] if entry is None else []
-        (entry or self.history[-1])["exact_match"] = sum(right) / len(right)
+        self.exact_match = (entry or self.history[-1])["exact_match"] = sum(right) / len(right)
 
     def hear_save(self, event):
         "A checkpoint lies on the disk"
@@ -88,13 +88,13 @@ class Ears:
         self.status, self.reason = event["status"], event.get("reason", "")
         self.step = event.get("step", self.step)
 
-# %% ../nbs/44b_standing.ipynb #4370285f
+# %% ../nbs/44b_standing.ipynb #ffeefa37
 class Standing(Ears):
     "Hears a run's events, and knows where it stands"
 
     def __init__(self):
         self.status, self.reason, self.step, self.n_steps, self.first_step = "waiting", "", 0, 0, 0
-        self.loss = self.eval_loss = self.tokens_per_second = self.checkpoint = None
+        self.loss = self.eval_loss = self.exact_match = self.tokens_per_second = self.checkpoint = None
         self.began = self.now = 0.0
         self.history, self.samples, self.notes = [], {}, []
 
@@ -118,6 +118,7 @@ class Standing(Ears):
         words = [f"step {self.step:,} of {self.n_steps:,}"]
         words += [] if self.loss is None else [f"loss {self.loss:.3f}"]
         words += [] if self.eval_loss is None else [f"held out {self.eval_loss:.3f}"]
+        words += [] if self.exact_match is None else [f"{self.exact_match:.0%} right"]
         return ", ".join(words + (pace_words(self) if self.status == "running" else []))
 
 # %% ../nbs/44b_standing.ipynb #84614388

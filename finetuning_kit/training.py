@@ -5,27 +5,22 @@
 # %% ../nbs/45_training.ipynb #cdf4df4e
 from __future__ import annotations
 
-import html
-import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FIRST', 'PIXEL', 'add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_loop',
-           'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView', 'RunPanel',
-           'WorkingPanel', 'TrainingPanel']
+__all__ = ['add_lora', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_loop', 'open_run',
+           'train']
 
 # %% ../nbs/45_training.ipynb #011c04e9
 import finetuning_kit
 from .census import png
 from .config import FineTuningConfig, LoRAConfig, save_config
-from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import precision_of, probe_machine, resolve_config
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
 from .runs import RunFolder, checkpoint_step, disk_guard, find_start, plot_loss, run_fingerprint
@@ -34,6 +29,7 @@ from .settings import FinetuningError
 from .encoding import EncodedRow
 from .trainer import RunProgress, check_fit, check_rows, interrupts, labelled_positions, make_trainer
 from .trainer import memory_guard, own_forward, save_weights, settle_packing
+from .watching import Reports, watchers
 
 # %% ../nbs/45_training.ipynb #208e11ce
 import torch
@@ -164,12 +160,13 @@ def run_loop(
     progress: RunProgress,  # hears what happens
     rows: tuple,  # rows to learn from, to measure on
     checkpoint: Path | None,  # where to go on
+    callbacks: list = (),  # what looks at the model meanwhile
 ) -> None:  # fills the run's status and counts
     "Train until the end, a stop or a failure."
     began = time.time()
     try:
         with own_forward(run.model), memory_guard(run.config), interrupts(progress), labelled_positions():
-            trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress)
+            trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks)
             if checkpoint and checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0])):
                 trainer._load_from_checkpoint(str(checkpoint))  # there is nothing left to train
                 run.n_steps, run.status = checkpoint_step(checkpoint), "finished"
@@ -221,10 +218,12 @@ def train(
     rows = (list(train_rows), list(eval_rows or []))
     with quiet_libraries():
         run, saved, checkpoint = open_run(config, rows, model, tokenizer, folder, resume)
-        progress = RunProgress(run.folder, on_event, should_stop, saved)
+        reports = Reports(run.config, run.folder, run.notes, on_event)
+        progress = RunProgress(run.folder, reports, should_stop, saved)
         run.history = progress.history
         try:
-            run_loop(run, progress, rows, checkpoint)
+            callbacks = watchers(run.config, run.tokenizer, rows[1], progress, run.notes)
+            run_loop(run, progress, rows, checkpoint, callbacks)
             finish_run(run)
             progress.emit("end", step=run.n_steps, status=run.status)
         except BaseException as error:
@@ -235,230 +234,3 @@ def train(
                 progress.emit("end", status=run.status, reason=reason)
             raise
     return run
-
-# %% ../nbs/45_training.ipynb #ce96beb9
-def free_folder(
-    config: FineTuningConfig,  # names the run
-    last: bool = False,  # True: the one before, where the newest run lies
-) -> RunFolder:  # `<task>_<dataset>`, or the first of `-2`, `-3`, ... that holds nothing
-    "Find a folder for one more run, or the one of the last run."
-    first, n = RunFolder.for_config(config), 1
-    before = folder = first
-    while folder.held():
-        n += 1
-        before, folder = folder, RunFolder(f"{first.path}-{n}")
-    return before if last else folder
-
-
-def end_words(
-    run: TrainedRun,  # over
-) -> str:  # begins with "finished" or "stopped"
-    "Say how a run ended."
-    if run.status == "finished":
-        losses = [entry["loss"] for entry in run.history if "loss" in entry]
-        kind = "adapter" if run.folder.adapter.is_dir() else "final_model"
-        return (f"finished: {run.n_steps} steps in {run.seconds:.0f} s, loss {losses[0]:.2f} → {losses[-1]:.2f}, "
-                f"saved in {run.folder.path.name}/{kind}")
-    return f"stopped at step {run.n_steps} (checkpoint-{run.n_steps} kept in {run.folder.path.name})"
-
-
-def step_words(
-    event: dict,  # with `step`, `n_steps` and `loss`
-    first: int,  # the step the session began at
-    seconds: float,  # since then
-) -> str:  # one line
-    "Say where a run stands."
-    left = seconds / max(event["step"] - first, 1) * (event["n_steps"] - event["step"])
-    clock = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-    return f"step {event['step']} of {event['n_steps']}, loss {event['loss']:.3f}, about {clock} left"
-
-# %% ../nbs/45_training.ipynb #60af9228
-FIRST = ("lora.r", "lora.lora_alpha", "training.learning_rate", "training.num_train_epochs",
-         "training.per_device_train_batch_size", "training.lr_scheduler_type")
-PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
-                      "0000000b4944415478da636000020000050001e9fadcd80000000049454e44ae426082")
-
-
-def setting_widgets(
-    settings,  # a panel whose knobs are the groups of a run
-) -> list:  # the rows that matter most, what follows from them, and the rest folded away
-    "Arrange a panel's knobs for a run."
-    groups = settings.knobs
-    first = [knob for group in groups for knob in group.inner
-             if knob.path in FIRST and owner_of(settings.config, knob.path) is not None]
-    settings.knobs = [replace(group, inner=tuple(knob for knob in group.inner if knob not in first))
-                      for group in groups]
-    boxes = [part for part in settings.widget.children if "ftk-box" in part._dom_classes and len(part.children) > 1]
-    settings.knobs = groups
-    rows = [settings.view.row(knob, getattr(owner_of(settings.config, knob.path), knob.name)) for knob in first]
-    settings.view.refresh()
-    import ipywidgets as W
-
-    texts = settings.view.texts
-    code = folded({"as code": texts["code"], "as YAML": texts["yaml"]})
-    return [*(W.HBox(row, layout={"align_items": "center"}) for row in rows), texts["follows"], texts["error"],
-            folded({"more settings": W.VBox([*boxes, code])})]
-
-# %% ../nbs/45_training.ipynb #2962db76
-class RunView:
-    "A training panel on the screen."
-
-    def __init__(
-        self,
-        settings,  # a panel of a whole config
-        on_run: Callable,  # called by the Run button
-        on_stop: Callable,  # called by the Stop button
-    ):
-        import ipywidgets as W
-
-        self.run = W.Button(description="Run", icon="play", button_style="primary", tooltip="start a run")
-        self.stop = W.Button(description="Stop", icon="stop", disabled=True, tooltip="finish the step, save, stop")
-        self.bar = W.FloatProgress(value=0, max=1, layout={"flex": "1 1 auto", "width": "auto"})
-        self.status = labelled("status")
-        self.plot = W.Image(value=PIXEL, format="png", layout={"width": "100%", "display": "none"})
-        for name in ("run", "stop", "bar", "plot"):
-            getattr(self, name).add_class(f"ftk-{name}")
-        self.run.on_click(lambda button: on_run())
-        self.stop.on_click(lambda button: on_stop())
-        knobs, screen = W.VBox(setting_widgets(settings)), W.VBox([
-            W.HBox([self.run, self.stop, self.bar], layout={"align_items": "center"}), self.status, self.plot])
-        for box in (knobs, screen):
-            box.add_class("ftk-box")
-        self.widget = W.VBox([W.HTML(STYLE), knobs, screen])
-        self.widget.add_class("ftk-panel")
-        self.widget.add_class("ftk-training")
-
-    def show(
-        self,
-        status: str,  # one line
-        running: bool,  # whether a run is going on
-        share: float,  # of the steps, 0 to 1
-        picture: bytes | None = None,  # the curve; None: as it is
-    ) -> None:
-        "Show where a run stands."
-        self.status.value, self.bar.value = html.escape(status), share
-        self.run.disabled, self.stop.disabled = running, not running
-        self.stop.button_style = "danger" if running else ""
-        self.bar.bar_style = "danger" if status.startswith("failed") else "success" if share == 1 else ""
-        if picture:
-            self.plot.value, self.plot.layout.display = picture, None
-
-# %% ../nbs/45_training.ipynb #1aba9524
-class RunPanel(Shown):
-    "Settings and the state of a run, on the screen where a front end answers, in lines of text elsewhere."
-
-    def __init__(
-        self,
-        config: FineTuningConfig,  # where the settings start
-        train_rows: list[EncodedRow],  # what is learned from
-        eval_rows: list[EncodedRow] | None = None,  # what the loss is measured on
-    ):
-        self.settings, self.rows = panel(config, len(train_rows)), (train_rows, eval_rows)
-        self.settings.knobs = [knob for knob in self.settings.knobs if knob.path in ("lora", "training")]
-        self.status, self.history, self.share, self.result = "ready", [], 0.0, None
-        self.running, self.wish, self.thread, self.view = False, threading.Event(), None, None
-        self.first_step, self.began, self.shown = 0, 0.0, 0.0
-
-    def text(self) -> str:  # lines
-        "The panel as plain text."
-        return f"{self.settings.text()}\n\n{self.status}"
-
-    def say(
-        self,
-        status: str,  # one line
-        n_steps: int | None = None,  # steps planned: draw the curve; None: leave it
-    ) -> None:
-        "Show a line, on the screen or as text."
-        self.status, self.shown = status, time.monotonic()
-        if self.view is None:
-            return print(status)
-        figure = plot_loss(self.history, n_steps, width=8.8) if n_steps and self.history else None
-        self.view.show(status, self.running, self.share, png(figure, dpi=120) if figure else None)
-
-# %% ../nbs/45_training.ipynb #142c6f18
-class WorkingPanel(RunPanel):
-    "The same, with a run that reports to it."
-
-    def begin(self) -> None:
-        "Get ready for a run; refused while one is going on or a setting is wrong."
-        if self.running or self.settings.error:
-            raise FinetuningError(self.settings.error or "a run is going on in this panel; stop it first")
-        self.running, self.history, self.share = True, [], 0.0
-        self.wish.clear()
-        self.say("starting")
-
-    def hear(
-        self,
-        event: dict,  # from the run
-    ) -> None:
-        "Show what a run reports: at most two pictures a second, without a screen one line a log point."
-        if event["type"] == "start":
-            self.first_step, self.began = event["step"], time.monotonic()
-        if event["type"] in ("log", "eval"):
-            self.history.append(event)
-        if event["type"] == ("log" if self.view is None else "step"):
-            self.share = event["step"] / event["n_steps"]
-            if self.view is None or time.monotonic() - self.shown >= 0.5:
-                words = step_words(event, self.first_step, time.monotonic() - self.began)
-                self.say("stopping after this step" if self.wish.is_set() else words, event["n_steps"])
-
-    def work(self) -> TrainedRun:  # a failure is said, then raised
-        "Run to an end that has a name."
-        status = "failed: interrupted twice, so no last checkpoint was saved"
-        try:
-            config = self.settings.config
-            self.result = train(config, *self.rows, folder=free_folder(config), on_event=self.hear,
-                                should_stop=self.wish.is_set)
-            status = end_words(self.result)
-        except Exception as error:
-            status = f"failed: {error or type(error).__name__}"
-            raise
-        finally:
-            self.running = False
-            self.say(status, self.history[-1]["step"] if self.history else None)
-        return self.result
-
-# %% ../nbs/45_training.ipynb #22bd2114
-class TrainingPanel(WorkingPanel):
-    "A panel that starts a run, shows it, and stops it."
-
-    @property
-    def widget(self):
-        "The panel as a widget, made when it is first asked for."
-        if self.view is None:
-            self.view = RunView(self.settings, self.press, self.stop)
-            self.say(self.status)
-        return self.view.widget
-
-    def run(self) -> TrainedRun:  # finished, stopped or interrupted; a failure is raised
-        "Train in this cell; Ctrl-C or the notebook's interrupt button stops the run."
-        self.begin()
-        return self.work()
-
-    def start(self) -> None:
-        "Train in a thread; `stop()` ends the run, `thread.join()` waits for its end."
-        self.begin()
-        self.thread = threading.Thread(target=self.work_aside, daemon=True)
-        self.thread.start()
-
-    def work_aside(self) -> None:
-        "Work where nobody catches an exception; the status line has told it."
-        with suppress(Exception):
-            self.work()
-
-    def stop(self) -> None:
-        "Let the run finish its step, save a checkpoint, and end."
-        self.wish.set()
-        if self.running:
-            self.say("stopping after this step")
-
-    def press(self) -> None:
-        "What the Run button does: a wrong setting becomes a line, never a traceback."
-        try:
-            self.begin()
-        except FinetuningError as error:
-            return None if self.running else self.say(f"failed: {error}")
-        if "google.colab" in sys.modules:
-            return self.work_aside()
-        self.thread = threading.Thread(target=self.work_aside, daemon=True)
-        self.thread.start()

@@ -323,7 +323,7 @@ def open_trackio(
                  config=public_settings(config), embed=False)
     return (lambda numbers, step: trackio.log(numbers, step=step)), trackio.finish
 
-# %% ../nbs/44a_watching.ipynb #22b8fb71
+# %% ../nbs/44a_watching.ipynb #4e1cb947
 TRACKERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
 
 
@@ -352,6 +352,9 @@ class Reports:
             advice = f"; install it: pip install {name}" if isinstance(error, ImportError) else ""
             reason = (str(error) or type(error).__name__).splitlines()[0]
             self.notes.append(f"`report_to`: {name} was switched off, and the run went on without it: {reason}{advice}")
+            note = self.folder.write_event("note", text=self.notes[-1])
+            if self.on_event is not None:
+                self.on_event(note)
 
     def __call__(
         self,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/48_workflow.ipynb #5233f83a
+from .cockpit import free_folder
 from .config import FineTuningConfig, demo_config
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
@@ -30,7 +31,7 @@ from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
 from .tokens import encode_prompt
-from .training import TrainedRun, free_folder, train
+from .training import TrainedRun, train
 
 # %% ../nbs/48_workflow.ipynb #e70e34c6
 def longest_answer(

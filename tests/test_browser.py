@@ -17,7 +17,7 @@ from finetuning_kit.config import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.tokens import encode_records
-from finetuning_kit.training import TrainingPanel
+from finetuning_kit.cockpit import TrainingPanel
 
 tokenizer = load_tokenizer("pocket")
 rows = encode_records(tokenizer, load_records("pocket"), max_length=128).rows
