@@ -16,9 +16,9 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['METHODS', 'SHOWN', 'TRAINING_FIRST', 'METHOD_FIRST', 'METHOD_MORE', 'PIXEL', 'LOOK', 'GAP_S', 'SILENT_S',
-           'free_folder', 'end_words', 'belongs', 'with_method', 'MethodMenu', 'choose', 'refresh', 'setting_widgets',
-           'short', 'samples_html', 'StandingView', 'RunView', 'RunPanel', 'WorkingPanel', 'TrainingPanel', 'Watch',
-           'LiveWatch', 'watch']
+           'free_folder', 'end_words', 'belongs', 'with_method', 'MethodRows', 'MethodMenu', 'setting_widgets', 'short',
+           'samples_html', 'StandingView', 'RunView', 'RunPanel', 'WorkingPanel', 'TrainingPanel', 'Watch', 'LiveWatch',
+           'watch']
 
 # %% ../nbs/45a_cockpit.ipynb #e52f7538
 from .census import png
@@ -91,14 +91,39 @@ def with_method(
         changes["lora"] = lora or {}
     return config.replace(**changes)
 
-# %% ../nbs/45a_cockpit.ipynb #a52927c9
+# %% ../nbs/45a_cockpit.ipynb #0f4bd4b9
 TRAINING_FIRST = ("training.learning_rate", "training.num_train_epochs", "training.per_device_train_batch_size",
                   "training.lr_scheduler_type")
 METHOD_FIRST = ("lora.r", "lora.lora_alpha", "freeze_ratio", "num_virtual_tokens")
 METHOD_MORE = ("prompt_tuning_init_text", "load_in_4bit")
 
 
-class MethodMenu:
+class MethodRows:
+    "Rows of settings, of which only those of the chosen method are seen."
+
+    def choose(self, method: str) -> None:
+        "Change the method, from the menu."
+        config = self.settings.config
+        if method == config.method:
+            return
+        try:
+            self.settings.tell(with_method(config, method, self.kept), {}, "")
+        except FinetuningError as error:
+            self.settings.tell(config, {}, str(error))
+            self.settings.view.refresh()
+            self.refresh(config)
+
+    def refresh(self, config: FineTuningConfig) -> None:
+        "Show what the chosen method has."
+        self.kept = config.lora.given() if config.lora is not None else self.kept
+        self.control.value = config.method
+        for path, row in self.rows.items():
+            row.layout.display = None if belongs(path, config.method) else "none"
+        has_more = any(belongs(path, config.method) for path in self.rows if path not in METHOD_FIRST)
+        self.more.layout.display = None if has_more else "none"
+
+# %% ../nbs/45a_cockpit.ipynb #5aacc346
+class MethodMenu(MethodRows):
     "The menu of methods, and the settings of the one that is chosen."
 
     def __init__(
@@ -127,34 +152,7 @@ class MethodMenu:
         settings.observe(self.refresh)
         self.refresh(settings.config)
 
-# %% ../nbs/45a_cockpit.ipynb #3a161526
-def choose(self, method):
-    "Change the method, from the menu"
-    config = self.settings.config
-    if method == config.method:
-        return
-    try:
-        self.settings.tell(with_method(config, method, self.kept), {}, "")
-    except FinetuningError as error:
-        self.settings.tell(config, {}, str(error))
-        self.settings.view.refresh()
-        self.refresh(config)
-
-
-def refresh(self, config):
-    "Show what the chosen method has"
-    self.kept = config.lora.given() if config.lora is not None else self.kept
-    self.control.value = config.method
-    for path, row in self.rows.items():
-        row.layout.display = None if belongs(path, config.method) else "none"
-    has_more = any(belongs(path, config.method) for path in self.rows if path not in METHOD_FIRST)
-    self.more.layout.display = None if has_more else "none"
-
-
-MethodMenu.choose, MethodMenu.refresh = choose, refresh
-del choose, refresh
-
-
+# %% ../nbs/45a_cockpit.ipynb #4e1cf77e
 def setting_widgets(
     settings,  # a panel of a whole config
 ) -> tuple:  # the menu of methods, and a list of widgets from top to bottom
@@ -175,19 +173,20 @@ def setting_widgets(
     rows = [W.HBox(row, layout={"align_items": "center"}) for row in rows]
     return menu, [menu.box, *rows, texts["follows"], texts["error"], folded({"more of the training": box}), code]
 
-# %% ../nbs/45a_cockpit.ipynb #40d75ce0
+# %% ../nbs/45a_cockpit.ipynb #6e4e84a5
 PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
                       "0000000b4944415478da636000020000050001e9fadcd80000000049454e44ae426082")
 LOOK = """<style>
 .ftk-status {font-size: 13px; margin: 2px 0} .ftk-run, .ftk-stop {width: 110px}
-.ftk-samples table {border-collapse: collapse; width: 100%; margin-top: 4px} .ftk-samples .widget-html-content {width: 100%}
+.ftk-samples table {border-collapse: collapse; width: 100%; margin-top: 4px}
+.ftk-samples .widget-html-content {width: 100%}
 .ftk-samples td, .ftk-samples th {font-size: 12px; line-height: 17px; text-align: left; vertical-align: top;
  padding: 3px 14px 3px 0; border-bottom: 1px solid var(--jp-border-color2, #e4e4e4)}
-.ftk-samples th {font-weight: 600; color: var(--jp-ui-font-color2, #777)} .ftk-samples td {width: 25%; max-width: 220px; overflow-wrap: anywhere}
-.ftk-samples .ftk-right {color: #2e7d4f; font-weight: 600} .ftk-samples .ftk-not {color: var(--jp-ui-font-color2, #777)}
+.ftk-samples th {color: var(--jp-ui-font-color2, #777)} .ftk-samples td {width: 25%; overflow-wrap: anywhere}
+.ftk-right {color: #2e7d4f; font-weight: 600} .ftk-not {color: var(--jp-ui-font-color2, #777)}
 </style>"""
 
-
+# %% ../nbs/45a_cockpit.ipynb #2ca1b52e
 def short(
     text: str,  # an answer, perhaps a long one with line ends
     limit: int = 80,  # letters shown
@@ -213,7 +212,7 @@ def samples_html(
     head = "".join(f"<th>{word}</th>" for word in ("asked", "base", f"at step {step}", "wanted"))
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else ""
 
-# %% ../nbs/45a_cockpit.ipynb #99fb1f5a
+# %% ../nbs/45a_cockpit.ipynb #5dac0081
 class StandingView:
     "A bar, a line, a picture and answers."
 
@@ -233,13 +232,13 @@ class StandingView:
         picture: bytes | None = None,  # the curves; None: as they are
     ) -> None:
         "Show where a run stands."
-        self.status.value, self.bar.value = html.escape(words), standing.share
-        self.bar.bar_style = "danger" if standing.status == "failed" else "success" if standing.share == 1 else ""
-        self.samples.value = samples_html(standing.samples)
         if picture:
             self.plot.value, self.plot.layout.display = picture, None
+        self.samples.value, self.bar.value = samples_html(standing.samples), standing.share
+        self.bar.bar_style = "danger" if standing.status == "failed" else "success" if standing.share == 1 else ""
+        self.status.value = html.escape(words)  # last: who reads it finds the rest in place
 
-
+# %% ../nbs/45a_cockpit.ipynb #8839ec43
 class RunView(StandingView):
     "A training panel on the screen: settings above, the run below."
 
@@ -402,7 +401,7 @@ class TrainingPanel(WorkingPanel):
         self.thread = threading.Thread(target=self.work_aside, daemon=True)
         self.thread.start()
 
-# %% ../nbs/45a_cockpit.ipynb #88eba70a
+# %% ../nbs/45a_cockpit.ipynb #c68d0c98
 SILENT_S = 600  # after so long without a word a run may have been killed, in seconds
 
 
@@ -434,7 +433,8 @@ class Watch(Shown):
         words += f"; last word {clock_words(max(0.0, silent))} ago"
         if silent < SILENT_S:
             return words
-        return f"{words}: if its process is gone, `resume` set to auto goes on from {standing.checkpoint or 'the start'}"
+        start = standing.checkpoint or "the start"
+        return f"{words}: if its process is gone, `resume` set to auto goes on from {start}"
 
     def text(self) -> str:  # lines
         "The run as plain text: where it stands, and what it answers."
@@ -450,7 +450,7 @@ class Watch(Shown):
         "The run's curves."
         return png(plot_run(self.standing.history, self.standing.n_steps), dpi)
 
-# %% ../nbs/45a_cockpit.ipynb #b0ab227f
+# %% ../nbs/45a_cockpit.ipynb #b8ce7379
 class LiveWatch(Watch):
     "The same, which goes on reading where somebody sees it."
 
@@ -480,9 +480,6 @@ class LiveWatch(Watch):
             time.sleep(1)
             with suppress(FinetuningError, OSError):
                 self.read()
-
-    def __repr__(self):
-        return self.text()
 
 
 def watch(

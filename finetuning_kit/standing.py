@@ -223,7 +223,7 @@ def draw_tracks(
         points = [(entry["step"], entry["track"][name]) for entry in history if name in entry.get("track", ())]
         draw_curve(axes, points, COLOURS[number % len(COLOURS)], f"{name} {{}}", marker="o", ms=3)
 
-# %% ../nbs/44b_standing.ipynb #243f8425
+# %% ../nbs/44b_standing.ipynb #d70b5c05
 def one_curve(
     name: str,  # a number in a history
     colour: str,  # of the line
@@ -235,6 +235,7 @@ def one_curve(
     def draw(axes, history):
         points = [(step, scale * value) for step, value in points_of(history, name)]
         draw_curve(axes, points, colour, label, **style)
+        axes.set_ylim(0, max(*(value for _, value in points), scale if scale > 1 else 0, 1e-12) * 1.06)
     return draw
 
 
