@@ -88,7 +88,7 @@ class Ears:
         self.status, self.reason = event["status"], event.get("reason", "")
         self.step = event.get("step", self.step)
 
-# %% ../nbs/44b_standing.ipynb #ffeefa37
+# %% ../nbs/44b_standing.ipynb #22e51a36
 class Standing(Ears):
     "Hears a run's events, and knows where it stands"
 
@@ -111,15 +111,19 @@ class Standing(Ears):
         "How much of the run is done, 0 to 1"
         return self.step / self.n_steps if self.n_steps else 0.0
 
-    def words(self) -> str:
-        "Say where the run stands, in one line"
+    def parts(self) -> list[str]:
+        "Say where the run stands, the most important first, the time left last"
         if not self.n_steps:
-            return self.status
+            return [self.status]
         words = [f"step {self.step:,} of {self.n_steps:,}"]
         words += [] if self.loss is None else [f"loss {self.loss:.3f}"]
         words += [] if self.eval_loss is None else [f"held out {self.eval_loss:.3f}"]
         words += [] if self.exact_match is None else [f"{self.exact_match:.0%} right"]
-        return ", ".join(words + (pace_words(self) if self.status == "running" else []))
+        return words + (pace_words(self) if self.status == "running" else [])
+
+    def words(self) -> str:
+        "Say where the run stands, in one line"
+        return ", ".join(self.parts())
 
 # %% ../nbs/44b_standing.ipynb #84614388
 def run_events(
@@ -154,14 +158,14 @@ def read_run(
         standing.hear(event)
     return standing
 
-# %% ../nbs/44b_standing.ipynb #d85e0e35
+# %% ../nbs/44b_standing.ipynb #c8be80af
 BLUE, ORANGE, GREY = "#3b6fb5", "#d1662f", "#8a8a8a"
 COLOURS = ("#3f8f5b", "#8a5aa8", "#b0812c", "#3b8ea5", "#c4557a")  # for data sets, in their order
 
 
 def smoothed(
     values: list[float],  # in their order
-    share: float = 0.08,  # of the curve that a mean reaches over; a twelfth
+    share: float = 0.05,  # of the curve that a mean reaches over; a twentieth
 ) -> list[float]:  # as many; exponentially weighted, unbiased from the first
     "Smooth a curve without looking ahead"
     keep, total, weight, found = 1 - 1 / max(1.0, share * len(values)), 0.0, 0.0, []
