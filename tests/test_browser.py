@@ -51,7 +51,7 @@ def keep_picture(form, path) -> None:
 
 
 def test_training_panel():
-    with notebook_page(CELLS) as page:
+    with notebook_page(CELLS, height=1750) as page:  # all of the panel fits into a picture
         form = page.locator(".ftk-training")
         form.wait_for()
         form.locator(".ftk-lora-r .noUi-handle").focus()
