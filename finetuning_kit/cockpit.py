@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['METHODS', 'SHOWN', 'TRAINING_FIRST', 'METHOD_FIRST', 'METHOD_MORE', 'PIXEL', 'LOOK', 'GAP_S', 'CURVES', 'SILENT_S',
+__all__ = ['METHODS', 'SHOWN', 'TRAINING_FIRST', 'METHOD_FIRST', 'METHOD_MORE', 'PIXEL', 'LOOK', 'GAP_S', 'SILENT_S',
            'free_folder', 'end_words', 'belongs', 'with_method', 'MethodRows', 'MethodMenu', 'setting_widgets', 'short',
            'samples_html', 'StandingView', 'RunView', 'RunPanel', 'WorkingPanel', 'TrainingPanel', 'Watch', 'LiveWatch',
-           'watch']
+           'watch_run']
 
 # %% ../nbs/45a_cockpit.ipynb #e52f7538
 from .census import png
@@ -277,7 +277,6 @@ class RunView(StandingView):
 
 # %% ../nbs/45a_cockpit.ipynb #7e274b09
 GAP_S = 0.5  # least time between two redraws, in seconds
-CURVES = ("loss", "exact_match", "track", "grad_norm")
 
 
 class RunPanel(Shown):
@@ -314,7 +313,7 @@ class RunPanel(Shown):
         self.status, began = status, time.monotonic()
         if self.view is None:
             return print(status)
-        figure = plot_run(self.history, self.standing.n_steps if self.running else None, only=CURVES)
+        figure = plot_run(self.history, self.standing.coming, only=("loss", "exact_match", "track", "grad_norm"))
         self.view.show(status, self.standing, png(figure, dpi=110) if draw and self.history else None)
         self.view.switch(self.running, self.result is not None or self.standing.status != "waiting")
         self.due = time.monotonic() + max(GAP_S, 6 * (time.monotonic() - began))
@@ -449,8 +448,7 @@ class Watch(Shown):
         dpi: int = 110,  # dots per inch
     ) -> bytes:  # PNG
         "The run's curves."
-        coming = self.standing.n_steps if self.standing.status == "running" else None
-        return png(plot_run(self.standing.history, coming), dpi)
+        return png(plot_run(self.standing.history, self.standing.coming), dpi)
 
 # %% ../nbs/45a_cockpit.ipynb #b8ce7379
 class LiveWatch(Watch):
@@ -484,7 +482,7 @@ class LiveWatch(Watch):
                 self.read()
 
 
-def watch(
+def watch_run(
     folder: RunFolder | str | Path,  # a run's folder; the run may be going on in another process
 ) -> LiveWatch:  # shows itself at the end of a cell; `read()` takes in what is new
     "Attach to a run by its folder."

@@ -111,6 +111,11 @@ class Standing(Ears):
         "How much of the run is done, 0 to 1"
         return self.step / self.n_steps if self.n_steps else 0.0
 
+    @property
+    def coming(self) -> int | None:
+        "Steps planned, for a picture that leaves them room; None when none will come"
+        return self.n_steps if self.status == "running" else None
+
     def parts(self) -> list[str]:
         "Say where the run stands, the most important first, the time left last"
         if not self.n_steps:

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from finetuning_kit.cockpit import watch
+from finetuning_kit.cockpit import watch_run
 from finetuning_kit.settings import FinetuningError
 from tests.notebooks import environment
 
@@ -71,7 +71,7 @@ def test_second_process_watches_and_a_pipe_gets_plain_lines(tmp_path):
     while process.poll() is None:
         time.sleep(0.05)
         try:
-            seen = watch(tmp_path / "runs" / "instruct_pocket") if seen is None else seen.read()
+            seen = watch_run(tmp_path / "runs" / "instruct_pocket") if seen is None else seen.read()
             steps.add(seen.standing.step)
         except FinetuningError:  # the run has not written a word yet
             continue
@@ -79,11 +79,12 @@ def test_second_process_watches_and_a_pipe_gets_plain_lines(tmp_path):
     assert process.returncode == 0, err
     assert not err, err
     assert len(steps) > 2, f"watched while it ran: {steps}"
-    assert watch(tmp_path / "runs" / "instruct_pocket").words().startswith("finished: step 20 of 20")
+    assert watch_run(tmp_path / "runs" / "instruct_pocket").words().startswith("finished: step 20 of 20")
     assert seen.read().standing.history and len(seen.standing.samples) == 2
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out), "control characters in a pipe"
     last = [line for line in out.splitlines() if line.startswith("  train")][-1]
-    assert re.search(r"step 20 of 20, loss [\d.]+, held out [\d.]+, \d+% right, [\d.]+ st.*, [\d,]+ tokens/s", last), out
+    words = r"step 20 of 20, loss [\d.]+, held out [\d.]+, \d+% right, [\d.]+ st.*, [\d,]+ tokens/s"
+    assert re.search(words, last), out
     assert "trackio was switched off" in " ".join(out.split()), out
 
 
