@@ -17,12 +17,13 @@ from finetuning_kit.config import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.tokens import encode_records
-from finetuning_kit.training import TrainingPanel
+from finetuning_kit.cockpit import TrainingPanel
 
 tokenizer = load_tokenizer("pocket")
 rows = encode_records(tokenizer, load_records("pocket"), max_length=128).rows
 held_out = encode_records(tokenizer, load_records("pocket:test")[:32], max_length=128).rows
-config = demo_config(output_dir=tempfile.mkdtemp(), num_train_epochs=EPOCHS, logging_steps=2, eval_steps=20)
+config = demo_config(output_dir=tempfile.mkdtemp(), num_train_epochs=EPOCHS, logging_steps=2, eval_steps=20,
+                     eval_answers=4)
 """
 KEEP = os.environ.get("FINETUNING_KIT_SCREENSHOT")
 CELLS = [SETUP.replace("EPOCHS", "3" if KEEP else "20"), "panel = TrainingPanel(config, rows, held_out)\npanel",
@@ -50,7 +51,7 @@ def keep_picture(form, path) -> None:
 
 
 def test_training_panel():
-    with notebook_page(CELLS) as page:
+    with notebook_page(CELLS, height=1750) as page:  # all of the panel fits into a picture
         form = page.locator(".ftk-training")
         form.wait_for()
         form.locator(".ftk-lora-r .noUi-handle").focus()
@@ -64,6 +65,7 @@ def test_training_panel():
         first = picture(form)
         wait_for_step(page, 12)
         assert picture(form) != first, "the plot did not change"
+        form.locator(".ftk-samples td", has_text="osmium").first.wait_for()  # what the base says, and what is wanted
         if KEEP:
             wait_for_step(page, 120)
         keep_picture(form, KEEP)
@@ -78,6 +80,18 @@ def test_training_panel():
         form.locator(".ftk-status", has_text="finished: 6 steps").wait_for()
         in_kernel(page, "assert panel.result.folder.path.name == 'instruct_pocket-2'")
         in_kernel(page, "assert panel.result.folder.adapter.is_dir()")
+        form.locator("button.ftk-run", has_text="Run again").wait_for()
+
+        form.locator(".ftk-method select").select_option("full: every weight")
+        form.locator(".ftk-lora-r").wait_for(state="hidden")  # a rank means nothing when every weight is trained
+        form.locator(".ftk-follows", has_text="6, set by max_steps").wait_for()
+        in_kernel(page, "config = panel.settings.config\n"
+                        "assert config.method == 'full' and config.training.learning_rate == 1e-4, config")
+        form.locator(".ftk-run").click()
+        form.locator(".ftk-status", has_text="instruct_pocket-3/final_model").wait_for()
+        form.locator(".ftk-method select").select_option("lora: thin matrices beside frozen layers")
+        form.locator(".ftk-lora-r").wait_for()
+        in_kernel(page, "assert panel.settings.config.lora.r == 20, 'the rank was forgotten on the way'")
         assert form.locator("img.ftk-plot, .ftk-plot img").count() == 1
         assert page.locator(".jp-Cell-outputArea").last.inner_text().strip() == "a later cell", "output leaked"
 

@@ -18,7 +18,7 @@ from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.review import Review
 from finetuning_kit.tokens import encode_records
-from finetuning_kit.training import TrainingPanel
+from finetuning_kit.cockpit import TrainingPanel
 
 settings = panel(demo_config(), 100)
 sliders = [child for box in settings.widget.children for child in getattr(box, "children", [])]
