@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/48_workflow.ipynb #5233f83a
-from .config import FineTuningConfig, demo_config
+from .config import FineTuningConfig
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
 from .machine import precision_of, probe_machine, resolve_config
@@ -24,6 +24,7 @@ from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
 from .models import count_parameters, load_model, load_tokenizer
 from .pipeline import PreparedData, formatter_of, prepare_data
 from .reading import read_rows
+from .profiles import demo_config
 from .records import Document
 from .runs import RunFiles, RunFolder, find_start, run_fingerprint
 from .settings import FinetuningError, markdown_table, setting_rows
