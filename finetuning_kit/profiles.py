@@ -199,7 +199,7 @@ def flat_settings(
         flat.pop("lora", None)
     return flat
 
-# %% ../nbs/01a_profiles.ipynb #375a739c
+# %% ../nbs/01a_profiles.ipynb #0929fbbb
 @dataclass
 class Composed:
     "A config, and where each of its values came from"
@@ -216,6 +216,17 @@ class Composed:
         order = [name for name in always if name in values]
         order += [name for name in values if name not in order and self.origins.get(name, "default") != "default"]
         return [(name, value_text(values[name]), self.origins.get(name, "default")) for name in order]
+
+    def settled(
+        self,
+        config: FineTuningConfig,  # the same after `resolve_config`
+    ) -> "Composed":  # with the origin "this machine", or "this model", of what has changed
+        "Take over what a machine and a model leave of a config"
+        before, after, origins = config_values(self.config), config_values(config), dict(self.origins)
+        for name in after:
+            if after[name] != before.get(name):
+                origins[name] = "this model" if name in ("dataset_format", "max_seq_length") else "this machine"
+        return Composed(config, origins, self.notices)
 
     def _repr_markdown_(self):
         return markdown_table(["setting", "value", "where from"], self.rows())
