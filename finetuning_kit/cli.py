@@ -283,7 +283,7 @@ COMMANDS = {  # name -> help, flags, run
     "convert": ("write a data set in another shape, or say what is wrong with it", add_convert, run_convert),
 }
 
-
+# %% ../nbs/51_cli.ipynb #f5c8be5b
 def main(
     arguments: list[str] | None = None,  # words of the command line; None: of this process
 ) -> int:  # exit code

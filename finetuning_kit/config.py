@@ -80,8 +80,8 @@ def parse_rate(
     if power:
         return 10.0 ** int(power[1])
     if not re.fullmatch(rf"\s*{NUMBER}(?:\s*[*/]\s*{NUMBER})*\s*", text):
-        raise FinetuningError(f"a rate is a number such as 2e-4, a product or quotient such as 1e-4 * 2 or 1e-3 / 8, "
-                              f"or a power such as 10**-4; got {text[:40]!r}")
+        raise FinetuningError(f"a rate must be a number such as 2e-4, a product or quotient such as 1e-4 * 2 or "
+                              f"1e-3 / 8, or a power such as 10**-4; got {text[:40]!r}")
     rate = 1.0
     for sign, number in re.findall(rf"([*/]?)\s*({NUMBER})", text):
         if sign == "/" and not float(number):
@@ -129,7 +129,8 @@ class Schedule(Settings):
         try:
             return parse_rate(value) if isinstance(value, str) else value
         except FinetuningError as error:
-            raise PydanticCustomError("value_error", str(error), {"error": ValueError(str(error))}) from None
+            reason = str(error).removeprefix("a rate ")
+            raise PydanticCustomError("value_error", reason, {"error": ValueError(reason)}) from None
 
 # %% ../nbs/01_config.ipynb #a0a7016c
 class Lookout(Schedule):

@@ -75,7 +75,7 @@ def add_flags(
     group.add_argument("--mixed-precision", choices=PRECISIONS,
                        help="number format (default: what this machine does well)", **more)
 
-# %% ../nbs/50a_flags.ipynb #e2a5775e
+# %% ../nbs/50a_flags.ipynb #655bd09f
 def add_names(
     parser: argparse.ArgumentParser,  # of one command
 ) -> None:  # the parser is changed
@@ -83,8 +83,8 @@ def add_names(
     from finetuning_kit.profiles import LORA_PROFILES, PRESETS
 
     parser.add_argument("--config", metavar="NAME", action="append", default=[],
-                        help=f"a preset ({', '.join(PRESETS)}), a YAML file, or demo; may be given several times: files "
-                        "are stronger than presets, later ones than earlier ones, flags than all of them")
+                        help=f"a preset ({', '.join(PRESETS)}), a YAML file, or demo; may be given several times: "
+                        "files are stronger than presets, later ones than earlier ones, flags than all of them")
     parser.add_argument("--lora-profile", metavar="NAME", default=argparse.SUPPRESS, action=Typed,
                         help=f"an adapter's settings as published: {', '.join(LORA_PROFILES)}")
 
@@ -181,13 +181,13 @@ def layers_of(
     layers += [config_layer(name) for name in named if name not in PRESETS]
     return layers + ([Layer("flags", flags, origins)] if flags else [])
 
-# %% ../nbs/50a_flags.ipynb #14fc7f86
+# %% ../nbs/50a_flags.ipynb #259efb39
 def hyphenated(
     words: list[str],  # of a command line
 ) -> list[str]:  # flags with hyphens; values as they are
     "Take an underscore in a flag for a hyphen"
-    return [word.partition("=")[0].replace("_", "-") + "".join(word.partition("=")[1:]) if word.startswith("--") else word
-            for word in words]
+    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [flag.replace("_", "-") + sign + value for flag, sign, value in parts]
 
 
 def nearest_flag(

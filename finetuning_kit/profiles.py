@@ -123,7 +123,7 @@ def lora_profile(
     settings = profile_settings("LoRA profile", name)
     return LoRAConfig(**{dotted.removeprefix("lora."): value for dotted, value in settings.items()})
 
-# %% ../nbs/01a_profiles.ipynb #ab3e7a50
+# %% ../nbs/01a_profiles.ipynb #b3401cb8
 _SIZES = {"7b": (4, 4, 2e-4, 3), "13b": (2, 8, 1e-4, 2), "70b": (1, 16, 5e-5, 1)}  # rows, passes, rate, epochs
 
 
@@ -134,8 +134,8 @@ def training_profile(
     "Choose a schedule by the size of the model and of the data"
     size = str(model_size).strip().lower()
     if size not in _SIZES:
-        raise FinetuningError(f"`model_size` must be one of {', '.join(_SIZES)}, got {str(model_size)[:40]!r}; take the "
-                              "nearest, or choose the numbers yourself with TrainingConfig")
+        raise FinetuningError(f"`model_size` must be one of {', '.join(_SIZES)}, got {str(model_size)[:40]!r}; take "
+                              "the nearest, or choose the numbers yourself with TrainingConfig")
     if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
         raise FinetuningError(f"`dataset_size` must be a number of rows, at least 1, got {dataset_size!r}")
     rows, passes, rate, epochs = _SIZES[size]

@@ -32,7 +32,7 @@ GONE = {  # name of former days -> why nothing takes its value now, and what to 
 MOVED = {"max_seq_length": "SFTConfig", "beta": "DPOConfig", "dataset_text_field": "SFTConfig",
          "dataset_num_proc": "SFTConfig", "packing": "SFTConfig"}  # arguments that trainers took once -> where they go
 
-# %% ../nbs/01b_renamed.ipynb #ff57eb84
+# %% ../nbs/01b_renamed.ipynb #176db37e
 def new_value(
     name: str,  # an argument's name of former days
     value,  # what it was given
@@ -40,8 +40,8 @@ def new_value(
     "Translate an argument whose value changes with its name"
     if name == "warmup_ratio":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise FinetuningError(f"`warmup_ratio` must be at least 0 and below 1, got {value_words(value)}; it becomes "
-                                  "`warmup_steps`, where 1 and more is a number of steps")
+            raise FinetuningError(f"`warmup_ratio` must be at least 0 and below 1, got {value_words(value)}; it "
+                                  "becomes `warmup_steps`, where 1 and more is a number of steps")
         return "warmup_steps", value
     if name == "group_by_length":
         return "train_sampling_strategy", "group_by_length" if value else "random"
@@ -51,7 +51,7 @@ def new_value(
         return "optim", "adamw_torch"
     return None
 
-# %% ../nbs/01b_renamed.ipynb #9de6410d
+# %% ../nbs/01b_renamed.ipynb #3b1bfcb8
 def modern_arguments(
     arguments: dict,  # as a tutorial passes them to TRL or transformers, under old or new names
 ) -> tuple[dict, list[str]]:  # the same under today's names; a sentence for each change
@@ -65,11 +65,11 @@ def modern_arguments(
         if new in modern or (new != name and new in arguments):
             raise FinetuningError(f"`{name}` is called `{new}` now, and both are given; keep one")
         modern[new] = changed
-        said = f" {value_words(changed)}" if changed != value or name == "warmup_ratio" else ""
         if new != name:
-            notices.append(f"`{name}` is called `{new}` now, and was passed on as that{said and f', with the value{said}'}")
+            said = f", with the value {value_words(changed)}" if changed != value or name == "warmup_ratio" else ""
+            notices.append(f"`{name}` is called `{new}` now, and was passed on as that{said}")
         elif changed != value:
-            notices.append(f"`{name}` {value_words(value)} is gone; it was passed on as{said}")
+            notices.append(f"`{name}` {value_words(value)} is gone; it was passed on as {value_words(changed)}")
         if name in MOVED and ("tokenizer" in arguments or "processing_class" in arguments):
             notices.append(f"`{new}` is no argument of a trainer any more; give it to {MOVED[name]}")
     return modern, notices
