@@ -86,6 +86,7 @@ def add_train(
     parser: argparse.ArgumentParser,  # of the command
 ) -> None:  # the parser is changed
     "Add the flags of `train`"
+    parser.usage = "%(prog)s [flags]  (--help lists them)"
     add_names(parser)
     parser.add_argument("--resume", metavar="X", help="auto, a checkpoint or its step: go on with the folder's run")
     parser.add_argument("--dry-run", action="store_true",
@@ -305,8 +306,8 @@ def main(
     options, unknown = parser.parse_known_args(arguments)
     options = vars(options)
     if unknown:
-        command = commands.choices.get(options["command"], parser)
-        command.error(f"unknown: {' '.join(unknown)}{nearest_flag(unknown[0], command)}")
+        near = nearest_flag(unknown[0], commands.choices.get(options["command"], parser))
+        raise SystemExit(tell_error(f"unknown flag {unknown[0]}{near}; --help lists all", 2))
     if options.pop("version"):
         import finetuning_kit
 

@@ -88,7 +88,7 @@ def add_names(
     parser.add_argument("--lora-profile", metavar="NAME", default=argparse.SUPPRESS, action=Typed,
                         help=f"an adapter's settings as published: {', '.join(LORA_PROFILES)}")
 
-# %% ../nbs/50a_flags.ipynb #800789ad
+# %% ../nbs/50a_flags.ipynb #76ff67b7
 def methods_of(
     name: str,  # a dotted setting
     value,  # what it shall be
@@ -117,8 +117,9 @@ def refuse_clashes(
     for (one, first), (other, second) in combinations(typed, 2):
         for name in first.keys() & second.keys():
             if str(first[name]).lower() != str(second[name]).lower():
-                raise FinetuningError(f"{one} and {other} set `{name}` to {value_words(first[name])} and to "
-                                      f"{value_words(second[name])}; leave one of them out")
+                told = f"{one} and {other} set `{name}`" if one != other else f"{one} is given twice, and sets `{name}`"
+                raise FinetuningError(f"{told} to {value_words(first[name])} and to {value_words(second[name])}; "
+                                      "leave one of them out")
         for a, b in ((a, b) for a in first.items() for b in second.items()):
             fit, fits = methods_of(*a), methods_of(*b)
             if fit and fits and not fit & fits:
@@ -159,19 +160,20 @@ def config_layer(
                               + (f"; did you mean {near[0]}?" if near else ""))
     return yaml_layer(name)
 
-# %% ../nbs/50a_flags.ipynb #099db39e
+# %% ../nbs/50a_flags.ipynb #c13d8f11
 def layers_of(
     options: dict,  # what the command line gave
 ) -> list:  # layers, the weakest first
     "Collect the layers of a run's settings"
-    from finetuning_kit.profiles import PRESETS, Layer, named_layer
+    from finetuning_kit.profiles import PRESETS, Layer, former_words, named_layer
 
     typed = options.get("typed") or []
     refuse_clashes(typed)
-    flags, origins = {}, {}
+    flags, origins, former = {}, {}, {}
     for flag, changes in typed:
         flags |= changes
         origins |= dict.fromkeys(changes, flag)
+        former |= former_words({flag.strip("-").replace("-", "_"): None})
     recipe, names = flags.pop("lora_profile", None), options.get("config") or []
     layers = [start_layer(names, flags.get("model_name"))]
     layers += [named_layer("task", flags["task"])] if flags.get("task") else []
@@ -179,7 +181,7 @@ def layers_of(
     layers += [config_layer(name) for name in named if name in PRESETS]
     layers += [named_layer("LoRA profile", recipe)] if recipe else []
     layers += [config_layer(name) for name in named if name not in PRESETS]
-    return layers + ([Layer("flags", flags, origins)] if flags else [])
+    return layers + ([Layer("flags", flags, origins, former)] if flags else [])
 
 # %% ../nbs/50a_flags.ipynb #259efb39
 def hyphenated(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PRESETS', 'LORA_PROFILES', 'PROFILES', 'demo_config', 'call_code', 'config_code', 'profile_settings',
-           'lora_profile', 'training_profile', 'get_training_args', 'Layer', 'named_layer', 'flat_settings', 'Composed',
-           'config_values', 'overruled', 'compose', 'all_origins', 'layer_notices', 'yaml_layer']
+           'lora_profile', 'training_profile', 'get_training_args', 'Layer', 'named_layer', 'flat_settings',
+           'former_words', 'Composed', 'config_values', 'overruled', 'compose', 'all_origins', 'layer_notices',
+           'yaml_layer']
 
 # %% ../nbs/01a_profiles.ipynb #08656fa8
 import difflib
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../nbs/01a_profiles.ipynb #3de7e8f5
+# %% ../nbs/01a_profiles.ipynb #50f6869d
 from .config import (
-    DatasetFormat, FineTuningConfig, LoRAConfig, TrainingConfig, spelled_out)
+    DatasetFormat, FineTuningConfig, LoRAConfig, TrainingConfig, old_names, spelled_out)
 from .settings import (
-    FinetuningError, Settings, group_settings, knob, load_settings, markdown_table, parse_yaml, read_settings_text,
-    setting_names, settings_error, value_text)
+    FinetuningError, Settings, group_of, group_settings, knob, load_settings, markdown_table, parse_yaml,
+    read_settings_text, setting_names, settings_error, value_text)
 
 # %% ../nbs/01a_profiles.ipynb #a93403c5
 def demo_config(
@@ -164,13 +165,14 @@ def get_training_args(
         return SFTConfig(output_dir=str(output_dir), **words, bf16=bf16, fp16=has_gpu and not bf16,
                          use_cpu=not has_gpu, report_to="none")
 
-# %% ../nbs/01a_profiles.ipynb #8f9a3607
+# %% ../nbs/01a_profiles.ipynb #9cdec1dc
 @dataclass(frozen=True)
 class Layer:
     "Settings that come together, and where they come from"
     words: str  # such as "preset quick_test"
     settings: dict  # in groups or side by side, as `FineTuningConfig` takes them
     origins: dict = field(default_factory=dict)  # dotted setting -> words of its own, such as "run.yaml:7"
+    former: dict = field(default_factory=dict)  # dotted setting -> the name of former days under which it was given
 
 
 def named_layer(
@@ -191,13 +193,25 @@ def flat_settings(
         raise settings_error(FineTuningConfig, problems)
     flat = {}
     for name, value in nested.items():
-        value = value.given() if isinstance(value, Settings) else value
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        if isinstance(value, Settings):
+            value = value.given()
+        kind = group_of(FineTuningConfig.model_fields[name]) if name in FineTuningConfig.model_fields else None
+        inner = group_settings(kind, value)[0] if kind and isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
     meant = "full" if flat.get("lora", 0) is None else "freeze" if flat.get("freeze_ratio") else None
     if meant and "method" not in flat:
         flat["method"] = meant
         flat.pop("lora", None)
     return flat
+
+# %% ../nbs/01a_profiles.ipynb #42afb75e
+def former_words(
+    settings: dict | Settings,  # as given
+) -> dict[str, str]:  # dotted setting -> the name of former days
+    "Find what was given under a name that libraries have given up"
+    names = setting_names(FineTuningConfig)
+    old = old_names(FineTuningConfig, settings) if isinstance(settings, dict) else {}
+    return {names[word][0]: word for word in old}
 
 # %% ../nbs/01a_profiles.ipynb #0929fbbb
 @dataclass
@@ -243,7 +257,7 @@ def config_values(
         values |= config_values(value, f"{prefix}{name}.") if isinstance(value, Settings) else {prefix + name: value}
     return values
 
-# %% ../nbs/01a_profiles.ipynb #4955679c
+# %% ../nbs/01a_profiles.ipynb #1c4a8657
 def overruled(
     flat: dict,  # dotted setting -> value, of a layer
     asked: dict,  # the same, of all layers before it
@@ -264,19 +278,19 @@ def compose(
     layers: Sequence[Layer],  # the weakest first
 ) -> Composed:  # config, origins, notices
     "Put layers over one another, and remember where each value came from"
-    asked, origins, owner = {}, {}, {}
+    asked, origins, owner, former = {}, {}, {}, {}
     for place, layer in enumerate(layers):
-        flat = flat_settings(layer.settings)
+        flat, words = flat_settings(layer.settings), {**former_words(layer.settings), **layer.former}
         for name in overruled(flat, asked):
             del asked[name]
         for name, value in flat.items():
             meant_by = ("method", "freeze_ratio", "lora") if name == "method" else (name,)
             origins[name] = next((layer.origins[each] for each in meant_by if each in layer.origins), layer.words)
-            asked[name], owner[name] = value, place
+            asked[name], owner[name], former[name] = value, place, words.get(name)
     nested = {}
     for name, value in asked.items():
         group, _, inner = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[inner] = value
+        (nested.setdefault(group, {}) if group else nested)[former[name] or inner] = value
     config = FineTuningConfig(**nested)
     said = {name: origins[name] for name in asked}
     return Composed(config, all_origins(config, said), layer_notices(layers, asked, said, owner))
@@ -311,7 +325,7 @@ def layer_notices(
                        f"{asked[steps]} ({said[steps]}) decides; set `max_steps` to -1 to let the epochs decide")
     return notices
 
-# %% ../nbs/01a_profiles.ipynb #a94fea87
+# %% ../nbs/01a_profiles.ipynb #5b3fad51
 class _FileSettings(FineTuningConfig):
     model_name: str = knob("pocket", 'base model: "pocket", a folder or a Hub name', min_length=1, also=["base_model"])
 
@@ -331,4 +345,4 @@ def yaml_layer(
         for name in words.get(key[-1], ()):
             if not home or name.rpartition(".")[0] == home:
                 origins[name] = f"{file}:{line}"
-    return Layer(file, given, origins)
+    return Layer(file, given, origins, former_words(data))
