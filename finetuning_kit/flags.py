@@ -88,7 +88,7 @@ def add_names(
     parser.add_argument("--lora-profile", metavar="NAME", default=argparse.SUPPRESS, action=Typed,
                         help=f"an adapter's settings as published: {', '.join(LORA_PROFILES)}")
 
-# %% ../nbs/50a_flags.ipynb #76ff67b7
+# %% ../nbs/50a_flags.ipynb #800789ad
 def methods_of(
     name: str,  # a dotted setting
     value,  # what it shall be
@@ -117,9 +117,8 @@ def refuse_clashes(
     for (one, first), (other, second) in combinations(typed, 2):
         for name in first.keys() & second.keys():
             if str(first[name]).lower() != str(second[name]).lower():
-                told = f"{one} and {other} set `{name}`" if one != other else f"{one} is given twice, and sets `{name}`"
-                raise FinetuningError(f"{told} to {value_words(first[name])} and to {value_words(second[name])}; "
-                                      "leave one of them out")
+                raise FinetuningError(f"{one} and {other} set `{name}` to {value_words(first[name])} and to "
+                                      f"{value_words(second[name])}; leave one of them out")
         for a, b in ((a, b) for a in first.items() for b in second.items()):
             fit, fits = methods_of(*a), methods_of(*b)
             if fit and fits and not fit & fits:
@@ -160,14 +159,14 @@ def config_layer(
                               + (f"; did you mean {near[0]}?" if near else ""))
     return yaml_layer(name)
 
-# %% ../nbs/50a_flags.ipynb #c13d8f11
+# %% ../nbs/50a_flags.ipynb #b1f6c851
 def layers_of(
     options: dict,  # what the command line gave
 ) -> list:  # layers, the weakest first
     "Collect the layers of a run's settings"
     from finetuning_kit.profiles import PRESETS, Layer, former_words, named_layer
 
-    typed = options.get("typed") or []
+    typed = list(dict(options.get("typed") or []).items())  # of one flag given twice, the last word counts
     refuse_clashes(typed)
     flags, origins, former = {}, {}, {}
     for flag, changes in typed:

@@ -423,7 +423,7 @@ def test_flags_that_exclude_each_other(typed, rows, words, names):
     ("--config quick_tset", "did you mean quick_test?"), ("--task chta", "did you mean chat?"),
     ("--lora-profile unslot", "did you mean unsloth?"), ("--learning-rate 1e-4*", "`training.learning_rate` must be"),
     ("--learning-rate __import__('os')", "`training.learning_rate` must be"), ("--freeze-ratio 2", "`freeze_ratio` must be"),
-    ("--lora.rnak 8", "unknown flag --lora.rnak; did you mean --lora.r?"), ("--max-steps 0", "--max-steps is given twice"),
+    ("--lora.rnak 8", "unknown flag --lora.rnak; did you mean --lora.r?"), ("--max-steps 0", "`max_steps` must be -1"),
     ("--lora-rank eight", "`lora.r` must be a whole number"), ("--config .", "is a folder"),
     ("--method lroa", "did you mean lora?"), ("--early-stopping 3 --eval-strategy no", "`early_stopping` needs")])
 def test_bad_names_and_values(typed, rows, words, sentence):
