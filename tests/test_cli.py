@@ -342,8 +342,8 @@ def wide(monkeypatch):
 
 def test_a_dry_run_says_where_each_value_came_from(typed, rows, wide):
     Path("run.yaml").write_text("lora:\n  r: 4\nseed: 7\n")
-    code, lines = rehearse(typed, "--task", "code", "--config", "low_resource", "--config", "run.yaml", "--lora-profile",
-                           "unsloth", "--training.learning-rate", "1e-4 * 2", "--num_epochs=2")
+    words = "--task code --config low_resource --config run.yaml --lora-profile unsloth --num_epochs=2".split()
+    code, lines = rehearse(typed, *words, "--training.learning-rate", "1e-4 * 2")
     assert code == 1  # forty rows are few
     for line in ("learning_rate 0.0002 --training.learning-rate", "num_train_epochs 2 --num-epochs",
                  "lora.r 4 run.yaml:2", "seed 7 run.yaml:3", "lora.lora_alpha 16 LoRA profile unsloth",
@@ -372,9 +372,9 @@ def test_every_preset_by_name(typed, rows, wide, preset, figures):
 
 
 def test_every_flag_of_the_task_scripts_is_known(typed, rows, wide):
-    words = ("--task domain --lora --lora-rank 8 --gradient-checkpointing --max-length 128 --mixed-precision no --eval-steps 50 "
-             "--save-steps 200 --max-steps 9 --num-epochs 1 --learning-rate 1e-3/8 --per-device-train-batch-size 2 "
-             "--gradient-accumulation-steps 2 --num-workers 0 --output-dir out --method lora")
+    words = ("--task domain --lora --lora-rank 8 --gradient-checkpointing --max-length 128 --mixed-precision no "
+             "--eval-steps 50 --save-steps 200 --max-steps 9 --num-epochs 1 --learning-rate 1e-3/8 "
+             "--per-device-train-batch-size 2 --gradient-accumulation-steps 2 --num-workers 0 --output-dir out --method lora")
     _, lines = rehearse(typed, *words.split())
     for line in ("learning_rate 0.000125 --learning-rate", "max_seq_length 128 --max-length", "method lora --method",
                  "optimizer steps 9, set by max_steps", "lora.r 8 --lora-rank", "weight_decay 0.05 task domain"):
@@ -408,9 +408,11 @@ def test_a_name_of_former_days_is_noted_once(typed, rows, wide):
 
 @pytest.mark.parametrize("words, names", [
     ("--full --lora", ("--full", "--lora")), ("--full --lora-rank 8", ("--full", "--lora-rank")),
-    ("--freeze-ratio 0.5 --lora", ("--freeze-ratio", "--lora")), ("--method ia3 --lora-rank 4", ("--method", "--lora-rank")),
+    ("--freeze-ratio 0.5 --lora", ("--freeze-ratio", "--lora")),
+    ("--method ia3 --lora-rank 4", ("--method", "--lora-rank")),
     ("--lr 1e-4 --learning-rate 2e-4", ("--lr", "--learning-rate")), ("--load-in-4bit --no-4bit", ("--no-4bit",)),
-    ("--full --lora-profile unsloth", ("--full", "--lora-profile")), ("--full --load-in-4bit", ("--full", "--load-in-4bit")),
+    ("--full --lora-profile unsloth", ("--full", "--lora-profile")),
+    ("--full --load-in-4bit", ("--full", "--load-in-4bit")),
     ("--mixed-precision fp16 --bf16 true", ("--mixed-precision", "--bf16"))])
 def test_flags_that_exclude_each_other(typed, rows, words, names):
     for more in ((), ("--dry-run",)):
@@ -422,7 +424,8 @@ def test_flags_that_exclude_each_other(typed, rows, words, names):
 @pytest.mark.parametrize("words, sentence", [
     ("--config quick_tset", "did you mean quick_test?"), ("--task chta", "did you mean chat?"),
     ("--lora-profile unslot", "did you mean unsloth?"), ("--learning-rate 1e-4*", "`training.learning_rate` must be"),
-    ("--learning-rate __import__('os')", "`training.learning_rate` must be"), ("--freeze-ratio 2", "`freeze_ratio` must be"),
+    ("--learning-rate __import__('os')", "`training.learning_rate` must be"),
+    ("--freeze-ratio 2", "`freeze_ratio` must be"),
     ("--lora.rnak 8", "unknown flag --lora.rnak; did you mean --lora.r?"), ("--max-steps 0", "`max_steps` must be -1"),
     ("--lora-rank eight", "`lora.r` must be a whole number"), ("--config .", "is a folder"),
     ("--method lroa", "did you mean lora?"), ("--early-stopping 3 --eval-strategy no", "`early_stopping` needs")])
