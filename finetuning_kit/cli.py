@@ -106,7 +106,7 @@ def dry_run(
     screen, tokenizer = DryScreen(), load_tokenizer(composed.config.model_name)
     screen.show_settings(composed.settled(resolve_config(composed.config, tokenizer=tokenizer)[0]))
     for notice in composed.notices:
-        screen.line("careful", notice)
+        screen.careful(notice)
     _, data, *_ = rehearse(composed.config, tokenizer, on_event=screen)
     screen.line("dry run", "nothing was trained and nothing written; the same line without --dry-run trains")
     return min(1, data.report.exit_code)
@@ -127,7 +127,7 @@ def run_train(
     screen = RunScreen()
     screen.line("settings", ", then ".join(layer.words for layer in layers) + "; what comes later is stronger")
     for notice in composed.notices:
-        screen.line("careful", notice)
+        screen.careful(notice)
     return end_of(fine_tune(composed.config, on_event=screen, resume=options.get("resume")))
 
 # %% ../nbs/51_cli.ipynb #f2aefd55
