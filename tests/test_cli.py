@@ -375,7 +375,8 @@ def test_every_preset_by_name(typed, rows, wide, preset, figures):
 def test_every_flag_of_the_task_scripts_is_known(typed, rows, wide):
     words = ("--task domain --lora --lora-rank 8 --gradient-checkpointing --max-length 128 --mixed-precision no "
              "--eval-steps 50 --save-steps 200 --max-steps 9 --num-epochs 1 --learning-rate 1e-3/8 "
-             "--per-device-train-batch-size 2 --gradient-accumulation-steps 2 --num-workers 0 --output-dir out --method lora")
+             "--per-device-train-batch-size 2 --gradient-accumulation-steps 2 --num-workers 0 --output-dir out "
+             "--method lora")
     _, lines = rehearse(typed, *words.split())
     for line in ("learning_rate 0.000125 --learning-rate", "max_seq_length 128 --max-length", "method lora --method",
                  "optimizer steps 9, set by max_steps", "lora.r 8 --lora-rank", "weight_decay 0.05 task domain"):
