@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from array import array
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +33,9 @@ from .processes import n_processes
 from .runs import RunFolder, file_hash, is_warm, sync_folder
 from .settings import FinetuningError
 
-# %% ../nbs/43a_checkpoints.ipynb #b106a6be
-STATE = ("optimizer.", "scheduler.pt", "rng_state", "trainer_state.json")  # how the names of a run's state begin
+# %% ../nbs/43a_checkpoints.ipynb #c59aff0a
+STATE = {"optimizer.": "the optimizer's moments", "scheduler.pt": "the schedule", "rng_state": "the random states",
+         "trainer_state.json": "the count of steps"}  # how a file's name begins -> what it holds
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 READ = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".safetensors", ".json", ".model", ".jinja")  # what a loader may open
 
@@ -68,14 +70,13 @@ def read_seal(
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
-# %% ../nbs/43a_checkpoints.ipynb #4c5a47a4
+# %% ../nbs/43a_checkpoints.ipynb #7438344d
 def missing_parts(
     path: str | Path,  # a folder
 ) -> list[str]:  # what is not there
     "List what a folder lacks to go on exactly."
     names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else []
-    words = dict(zip(STATE, ("the optimizer's moments", "the schedule", "the random states", "the count of steps")))
-    missing = [word for start, word in words.items() if not any(name.startswith(start) for name in names)]
+    missing = [word for start, word in STATE.items() if not any(name.startswith(start) for name in names)]
     has_weights = any(name in WEIGHTS for name in names)
     return ["the weights"] * (not has_weights) + missing + ["a seal"] * ("progress.json" not in names)
 
@@ -88,7 +89,8 @@ def checkpoint_damage(
     if content is None:
         return "it has no readable `progress.json`, so no run of this kit saved it to the end"
     if checkpoint_step(path) not in (None, content.get("step")):
-        return f"it is the checkpoint of step {content.get('step')} under another name, or with another's `progress.json`"
+        return (f"it is the checkpoint of step {content.get('step')} under another name, or with another's "
+                "`progress.json`")
     for name, digest in content["files"].items():
         file = path / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file() or file_hash(file) != digest:
@@ -211,7 +213,7 @@ def rows_hash(
 # %% ../nbs/43a_checkpoints.ipynb #dd796bbe
 FREE_TO_CHANGE = {  # these move no weight
     "logging_steps", "save_strategy", "save_steps", "save_total_limit", "save_best", "early_stopping", "on_spike",
-    "track", "report_to", "dataloader_num_workers"}
+    "eval_answers", "track", "report_to", "dataloader_num_workers"}
 METHOD = ("method", "freeze_ratio", "num_virtual_tokens", "prompt_tuning_init_text", "load_in_4bit", "max_seq_length")
 
 
@@ -283,6 +285,7 @@ def check_same_run(
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
+@cache
 def library_versions() -> dict[str, str]:  # package -> version; those that are not installed are left out
     "Read the versions of the libraries that decide a run's digits."
     found = {}
@@ -337,7 +340,7 @@ def warm_weights(
                               "name the folder of a checkpoint, an adapter or a model")
     return path
 
-# %% ../nbs/43a_checkpoints.ipynb #46d314cc
+# %% ../nbs/43a_checkpoints.ipynb #33791d68
 def score_of(
     entry: dict,  # an evaluation, as the history keeps it
     metric: str = "eval_loss",  # "eval_loss": lower is better; any other: higher
@@ -368,7 +371,7 @@ def evals_since_best(
     best = best_steps(history, metric, 1)
     return len(steps) - 1 - steps.index(best[0]) if best else len(steps)
 
-
+# %% ../nbs/43a_checkpoints.ipynb #91c1ee17
 def checkpoints_to_drop(
     steps: list[int],  # steps of the checkpoints that lie there
     now: int,  # the step just saved

@@ -6,8 +6,7 @@
 __all__ = ['NUMBER', 'USUAL_RATE', 'VARIANTS', 'names_from', 'LoRAConfig', 'parse_rate', 'Schedule', 'Lookout', 'Computation',
            'TrainingConfig', 'PlaceSettings', 'DatasetFormat', 'RunSettings', 'spelled_out', 'MethodSettings',
            'settle_method', 'old_names', 'renaming_notes', 'FineTuningConfig', 'rate_caution', 'cautions',
-           'schedule_lines', 'what_follows', 'load_config', 'save_config', 'call_code', 'config_code', 'demo_config',
-           'problem_of']
+           'schedule_lines', 'what_follows', 'load_config', 'save_config', 'problem_of']
 
 # %% ../nbs/01_config.ipynb #1e52ea50
 import math
@@ -81,8 +80,8 @@ def parse_rate(
     if power:
         return 10.0 ** int(power[1])
     if not re.fullmatch(rf"\s*{NUMBER}(?:\s*[*/]\s*{NUMBER})*\s*", text):
-        raise FinetuningError(f"a rate is a number such as 2e-4, a product or quotient such as 1e-4 * 2 or 1e-3 / 8, "
-                              f"or a power such as 10**-4; got {text[:40]!r}")
+        raise FinetuningError(f"a rate must be a number such as 2e-4, a product or quotient such as 1e-4 * 2 or "
+                              f"1e-3 / 8, or a power such as 10**-4; got {text[:40]!r}")
     rate = 1.0
     for sign, number in re.findall(rf"([*/]?)\s*({NUMBER})", text):
         if sign == "/" and not float(number):
@@ -130,7 +129,8 @@ class Schedule(Settings):
         try:
             return parse_rate(value) if isinstance(value, str) else value
         except FinetuningError as error:
-            raise PydanticCustomError("value_error", str(error), {"error": ValueError(str(error))}) from None
+            reason = str(error).removeprefix("a rate ")
+            raise PydanticCustomError("value_error", reason, {"error": ValueError(reason)}) from None
 
 # %% ../nbs/01_config.ipynb #a0a7016c
 class Lookout(Schedule):
@@ -457,45 +457,6 @@ def save_config(
 ) -> Path:  # the file
     "Write a configuration to YAML that `load_config` reads back, also knowing what was asked for"
     return save_settings(config, path)
-
-# %% ../nbs/01_config.ipynb #dfc86ccc
-def call_code(
-    value,  # settings, or a setting's value
-    indent: str = "",  # indentation of the line it stands in
-) -> str:  # Python; a long call has an argument a line
-    "Write the call that builds settings, or a plain value"
-    if not isinstance(value, Settings):
-        return repr(value)
-    deeper, kind = indent + "    ", type(value).__name__
-    arguments = [f"{name}={call_code(inner, deeper)}" for name, inner in value.__repr_args__()]
-    line = f"{kind}({', '.join(arguments)})"
-    return line if len(indent + line) < 80 else f"{kind}(\n{deeper}" + f",\n{deeper}".join(arguments) + ")"
-
-
-def config_code(
-    config: Settings,  # any settings
-) -> str:  # Python that builds them; defaults are left out
-    "Write settings as code"
-    parts = [config, *(getattr(config, name) for name in config.given())]
-    kinds = dict.fromkeys(type(part) for part in parts if isinstance(part, Settings))
-    ours = [kind.__name__ for kind in kinds if kind.__module__.startswith("finetuning_kit.")]
-    head = f"from finetuning_kit import {', '.join(ours)}\n\n" if ours else ""
-    return f"{head}config = {call_code(config)}"
-
-# %% ../nbs/01_config.ipynb #40d4db25
-def demo_config(
-    **changes,  # settings to change, as in `FineTuningConfig.replace`
-) -> FineTuningConfig:  # the demo's settings
-    "Return the settings that teach the pocket model to answer questions"
-    config = FineTuningConfig(
-        model_name="pocket", dataset="pocket", eval_dataset="pocket:test", max_seq_length=128,
-        dataset_format=DatasetFormat.CHAT, load_in_4bit=False,
-        lora=LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
-        training=TrainingConfig(
-            num_train_epochs=3, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=2e-3,
-            warmup_steps=0.05, lr_scheduler_type="cosine", logging_steps=5, eval_steps=100,
-            bf16=False))
-    return config.replace(**changes)
 
 # %% ../nbs/01_config.ipynb #4b1cc8ad
 def problem_of(

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # %% ../nbs/02_knobs.ipynb #13bd872f
-from .config import config_code, problem_of, what_follows
+from .config import problem_of, what_follows
+from .profiles import config_code
 from .settings import (
     FinetuningError, Settings, group_of, schema_of, settings_yaml, value_text)
 

@@ -10,7 +10,7 @@ __all__ = ['Machine', 'cpu_has_bf16', 'gpu_problem', 'cpu_of', 'probe_machine', 
 from dataclasses import dataclass, replace
 
 # %% ../nbs/26_machine.ipynb #939ade76
-from .config import FineTuningConfig
+from .config import FineTuningConfig, renaming_notes
 from .processes import local_index, n_processes, shards_weights
 from .settings import FinetuningError
 
@@ -193,4 +193,5 @@ def resolve_config(
         changed, told = settle_text(config, tokenizer)
         changes.update(changed)
         notes += told
-    return (config.replace(**changes) if changes else config), notes
+    settled, told = config.replace(**changes) if changes else config, renaming_notes(config)
+    return (type(config)(**settled.given()) if told else settled), notes + told  # told once

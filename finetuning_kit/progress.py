@@ -42,7 +42,12 @@ def write_weights(
 ) -> None:
     "Write an adapter or a whole model with its tokenizer: no card, no path of this machine."
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(path, state_dict=weights, **options)
+    try:
+        if isinstance(model, PeftModel):
+            model.create_or_update_model_card = lambda path: None  # a third of the time of a save, for a card to delete
+        model.save_pretrained(path, state_dict=weights, **options)
+    finally:
+        vars(model).pop("create_or_update_model_card", None)
     tokenizer.save_pretrained(path)
     (Path(path) / "README.md").unlink(missing_ok=True)
 
@@ -171,7 +176,7 @@ class StepProgress(Progress):
         self.history.append(entry)
         self.emit("log", **entry, n_steps=self.n_steps, token_accuracy=logs.get("mean_token_accuracy"))
 
-# %% ../nbs/43b_progress.ipynb #66f78ec7
+# %% ../nbs/43b_progress.ipynb #a63ef938
 EARLY = "stopped early"  # how a run ends whose patience ran out; it counts as finished
 MEASURES = ("eval_loss", "eval_token_accuracy", "eval_exact_match")
 
@@ -188,7 +193,7 @@ def early_end(
     since = f"the best was step {best[0]}" if best else "none gave a number"
     return f"{EARLY}: {n} evaluation{'s' * (n > 1)} in a row without a better {metric}; {since}"
 
-
+# %% ../nbs/43b_progress.ipynb #5e77f229
 class RunProgress(StepProgress):
     "The same, with what is measured and saved."
 
@@ -224,7 +229,7 @@ class RunProgress(StepProgress):
         if self.stop_reason and state.global_step < state.max_steps:
             self.emit("stop", step=state.global_step, reason=self.stop_reason)
 
-# %% ../nbs/43b_progress.ipynb #12fc210e
+# %% ../nbs/43b_progress.ipynb #97fe8fa4
 def where_it_broke(
     step: int,  # the optimizer step
     learning_rate: float,  # at that step
@@ -235,9 +240,9 @@ def where_it_broke(
     losses = [f"{entry['loss']:.3g}" for entry in progress.history if "loss" in entry][-3:]
     norms = [f"{norm:.2g}" for norm in progress.vitals.norms[-4:-1]]
     shown = ", ".join(map(str, places[:4])) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
-    parts = [f"step {step}", f"learning rate {learning_rate:.2g}", f"losses before: {', '.join(losses) or 'none logged'}"]
+    parts = [f"learning rate {learning_rate:.2g}", f"losses before: {', '.join(losses) or 'none logged'}"]
     parts += [f"gradients before: {', '.join(norms)}"] * bool(norms) + [f"rows: {shown}"] * bool(places)
-    return f"{parts[0]} ({'; '.join(parts[1:])})"
+    return f"step {step} ({'; '.join(parts)})"
 
 
 def what_is_left(
@@ -247,7 +252,7 @@ def what_is_left(
     saved = saved_checkpoints(progress.folder)
     return f"{saved[-1].name} is from before" if saved else "no checkpoint had been saved yet"
 
-
+# %% ../nbs/43b_progress.ipynb #ba0a2f12
 def not_finite(
     what: str,  # "loss", "gradient" or a weight's name
     value: float,  # nan or inf
@@ -269,8 +274,9 @@ def spike_error(
     "Say that gradient and loss jumped together."
     norms, losses = progress.vitals.norms, progress.vitals.losses
     return FinetuningError(
-        f"gradient and loss jumped together at {where}: a gradient of {norms[-1]:.3g} where {statistics.median(norms):.2g} "
-        f"is usual, a loss of {losses[-1]:.3g} where {statistics.median(losses):.2g} is usual; the step was not taken; "
+        f"gradient and loss jumped together at {where}: a gradient of {norms[-1]:.3g} where "
+        f"{statistics.median(norms):.2g} is usual, a loss of {losses[-1]:.3g} where {statistics.median(losses):.2g} "
+        "is; the step was not taken; "
         f"lower `learning_rate`, look at these rows, or set `on_spike` to warn to go on; {what_is_left(progress)}")
 
 # %% ../nbs/43b_progress.ipynb #9339e407

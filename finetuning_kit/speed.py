@@ -8,7 +8,6 @@ __all__ = ['pack_length', 'packing_problem', 'packing_note', 'settle_packing', '
            'settle_speed']
 
 # %% ../nbs/43z_speed.ipynb #ac673367
-import os
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 
@@ -16,7 +15,9 @@ from importlib.util import find_spec
 from .config import FineTuningConfig
 from .encoding import EncodedRow
 from .machine import precision_of
+from .methods import virtual_positions
 from .packing import check_packing, pack_rows, padding_share
+from .processes import n_processes
 
 # %% ../nbs/43z_speed.ipynb #407ed2c7
 import torch
@@ -43,7 +44,9 @@ def packing_problem(
     rows: list[EncodedRow],  # its rows
 ) -> str:  # why packing must not be used; empty: it may
     "Ask whether packs are safe here."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if virtual_positions(model):
+        return "the trained positions stand before each row, and a pack of rows has one beginning"
+    if n_processes() > 1:
         return "several processes train together, and would not have equally many packs"
     check = check_packing(model, rows)
     return "" if check.passed else str(check)

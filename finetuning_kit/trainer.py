@@ -12,8 +12,7 @@ from contextlib import contextmanager
 
 # %% auto #0
 __all__ = ['SAME', 'check_rows', 'check_fit', 'WeightedTrainer', 'rows_of', 'QuietTrainer', 'WatchfulTrainer', 'KitTrainer',
-           'pack_length', 'packing_problem', 'settle_packing', 'trainer_arguments', 'check_settings', 'make_trainer',
-           'labelled_positions', 'own_forward']
+           'trainer_arguments', 'check_settings', 'make_trainer', 'own_forward']
 
 # %% ../nbs/44_trainer.ipynb #a85447ad
 from .checkpoints import best_steps, checkpoint_step, checkpoints_to_drop, drop_checkpoints
@@ -22,13 +21,13 @@ from .config import FineTuningConfig
 from .machine import has_bitsandbytes, precision_of
 from .methods import RankBudget, load_method_state, method_optimizer, save_method_state
 from .methods import virtual_positions
-from .packing import RowCollator, check_packing, pack_rows, padding_share
-from .packing import weight_sum, weighted_outputs
+from .packing import RowCollator, weight_sum, weighted_outputs
 from .processes import EvenOrder, fill_up, is_main_process, meet, n_processes, opened_once
 from .processes import shards_weights, sum_over_processes, whole_weights
 from .progress import RunProgress, not_finite, spike_error, trainable_bytes, where_it_broke, write_weights
 from .runs import RunFolder, staged
 from .settings import FinetuningError
+from .speed import pack_length, packing_problem
 from .encoding import EncodedRow
 from .tokens import to_dataset
 
@@ -37,7 +36,6 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
-from trl.trainer import utils as trl_utils
 
 # %% ../nbs/44_trainer.ipynb #94e8e3be
 def check_rows(
@@ -96,8 +94,7 @@ class WeightedTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The weighted loss of one forward pass, as a share of its step's."
-        inputs = dict(inputs)
-        weights, total = inputs.pop("weights", None), num_items_in_batch
+        weights, total = (inputs := dict(inputs)).pop("weights", None), num_items_in_batch
         if weights is not None:
             total = weight_sum([{**inputs, "weights": weights}]) if total is None else total
             weights = torch.nn.functional.pad(weights[:, 1:], (virtual_positions(self.model, in_labels=True), 0))
@@ -114,11 +111,11 @@ class WeightedTrainer(SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
         for one in map(self._prepare_inputs, inputs.get("packs", [inputs])):
-            weight, n = weight_sum([one]), (one["labels"][:, 1:] != -100).sum().double()
+            weight, n = weight_sum([one]).double(), (one["labels"][:, 1:] != -100).sum().double()
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, one, num_items_in_batch=weight) / self.args.world_size
-            share = self._metrics["eval"]["mean_token_accuracy"][-1]
-            self.measured.append(torch.stack([loss.double() * weight, weight.double(), share * n, n]))
+            right = n * self._metrics["eval"]["mean_token_accuracy"][-1]
+            self.measured.append(torch.stack([loss.double() * weight, weight, right, n]))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -126,8 +123,8 @@ class WeightedTrainer(SFTTrainer):
         self.measured = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(torch.stack(self.measured).sum(0), "sum")
-        output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1].clamp(min=1e-12)).item()
-        output.metrics[f"{metric_key_prefix}_token_accuracy"] = (sums[2] / sums[3].clamp(min=1)).item()
+        for what, n in (("loss", 0), ("token_accuracy", 2)):
+            output.metrics[f"{metric_key_prefix}_{what}"] = (sums[n] / sums[n + 1].clamp(min=1e-12)).item()
         return output
 
 # %% ../nbs/44_trainer.ipynb #f4a04beb
@@ -183,13 +180,14 @@ class QuietTrainer(WeightedTrainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not torch.nn.utils.get_total_norm(trained.values()).isfinite():
+        norm = float(torch.nn.utils.get_total_norm(trained.values()))
+        if not math.isfinite(norm):
             broken = next((name for name, p in trained.items() if not p.isfinite().all()), "norm of all weights")
-            self.check_finite(broken, math.nan, self.state.global_step)
+            self.check_finite(broken, norm, self.state.global_step)
         self.passes = []
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-# %% ../nbs/44_trainer.ipynb #e3919814
+# %% ../nbs/44_trainer.ipynb #2423a6b3
 class WatchfulTrainer(QuietTrainer):
     "The same, with a judgement of every step, made before the optimizer moves a weight."
 
@@ -223,9 +221,9 @@ class WatchfulTrainer(QuietTrainer):
         odd = self.progress.vitals.look(norm, loss)
         if odd == "spike" and self.progress.settings.on_spike == "stop":
             raise spike_error(self.where(step), self.progress)
-        texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together; `on_spike` is warn, so the step "
-                          "was taken", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
-                 "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and at the labels"}
+        texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together, and the step was taken, for "
+                          "`on_spike` is warn", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
+                 "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and the labels"}
         if odd:
             self.progress.warn(odd, step, texts[odd])
 
@@ -274,7 +272,7 @@ class KitTrainer(WatchfulTrainer):
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         found = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's, not the checkpoint's
+        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's affair
         return found
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -289,48 +287,6 @@ class KitTrainer(WatchfulTrainer):
             factors = [shape(self.lr_scheduler.last_epoch) for shape in self.lr_scheduler.lr_lambdas]
             for group, values, factor in zip(self.optimizer.param_groups, own, factors):
                 group.update(values, lr=values["initial_lr"] * factor)
-
-# %% ../nbs/44_trainer.ipynb #f1809231
-def pack_length(
-    config: FineTuningConfig,  # resolved settings
-    rows: list[EncodedRow],  # all rows of the run
-    on_cpu: bool,  # whether the model is on the CPU
-) -> int:  # tokens
-    "Choose how much a pack holds: no more than a padded batch might have held."
-    batch = config.training.per_device_train_batch_size * config.max_seq_length
-    return max(min(256 if on_cpu else 8192, batch), config.max_seq_length, *(row.n_tokens for row in rows))
-
-
-def packing_problem(
-    model,  # the model that will be trained
-    rows: list[EncodedRow],  # its rows
-) -> str:  # why packing must not be used; empty: it may
-    "Ask whether packs are safe here."
-    if n_processes() > 1:
-        return "several processes train together, and would not have equally many packs"
-    if virtual_positions(model):
-        return "the trained positions stand before each row, and a pack of rows has one beginning"
-    check = check_packing(model, rows)
-    return "" if check.passed else str(check)
-
-
-def settle_packing(
-    config: FineTuningConfig,  # resolved settings
-    model,  # ready to train
-    rows: list[EncodedRow],  # training rows
-) -> tuple[FineTuningConfig, list[str]]:  # settings that this model can keep, and what to tell
-    "Keep packing where it is safe, and say what it does; go on without it elsewhere."
-    if not config.training.packing:
-        return config, []
-    if problem := packing_problem(model, rows):
-        return config.replace(packing=False), [f"`packing` was switched off: {problem}"]
-    batch, most = config.training.effective_batch_size, pack_length(config, rows, model.device.type == "cpu")
-    packings = [pack_rows(rows[start:start + batch], most) for start in range(0, len(rows), batch)]
-    each, wasted = sum(len(packing.packs) for packing in packings) / len(packings), padding_share(
-        [row.n_tokens for row in rows], config.training.per_device_train_batch_size)
-    return config, [f"packing: the {min(batch, len(rows))} rows of a step go through in {each:.1f} packs of up to "
-                    f"{most} tokens, {len(rows) / sum(len(packing.packs) for packing in packings):.1f} rows a pack; "
-                    f"no padding, {wasted:.0%} without packing"]
 
 # %% ../nbs/44_trainer.ipynb #a9380af9
 SAME = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -350,7 +306,7 @@ def trainer_arguments(
     if training.packing:  # a step's rows are packed together: the same steps, in as many passes as packs
         words.update(per_device_train_batch_size=training.effective_batch_size, gradient_accumulation_steps=1,
                      per_device_eval_batch_size=max(64, words["per_device_eval_batch_size"]))
-    for what in ("eval", "save"):  # an epoch is a number of steps: a run resumed at its last one measures and saves alike
+    for what in ("eval", "save"):  # an epoch is a number of steps: a run resumed at its end measures and saves alike
         if getattr(training, f"{what}_strategy") == "epoch":
             words[f"{what}_steps"] = training.steps_per_epoch(n_rows, n_processes())
     words["warmup_steps"] = training.resolved_warmup(n_rows, n_processes())
@@ -374,8 +330,8 @@ def check_settings(
 ) -> None:  # raises
     "Refuse settings that this machine or these rows cannot keep."
     if config.training.early_stopping and not eval_rows:
-        raise FinetuningError("`early_stopping` needs held-out rows, and there are none; name an `eval_dataset`, or set "
-                              "`split_ratio` to 0.1")
+        raise FinetuningError("`early_stopping` needs held-out rows, and there are none; name an `eval_dataset`, or "
+                              "set `split_ratio` to 0.1")
     if "8bit" in config.training.optim and not has_bitsandbytes():
         raise FinetuningError(f"`optim` {config.training.optim} needs bitsandbytes; run `pip install "
                               "finetuning_kit[qlora]`, or set it to adamw_torch_fused")
@@ -414,21 +370,6 @@ def make_trainer(
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.data = parameter.data.float()
     return trainer
-
-# %% ../nbs/44_trainer.ipynb #2ed1083f
-@contextmanager
-def labelled_positions():
-    "Let TRL compute the output head only where the loss looks, on a CPU too."
-    name = "_use_triton"  # TRL's switch between scoring labelled and all positions
-    before = getattr(trl_utils, name, None)
-    if before is None:
-        yield
-        return
-    setattr(trl_utils, name, lambda device: device.type == "cpu" or before(device))
-    try:
-        yield
-    finally:
-        setattr(trl_utils, name, before)
 
 # %% ../nbs/44_trainer.ipynb #f390c179
 @contextmanager

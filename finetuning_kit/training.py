@@ -5,40 +5,38 @@
 # %% ../nbs/45_training.ipynb #cdf4df4e
 from __future__ import annotations
 
-import html
 import signal
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FIRST', 'PIXEL', 'shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_steps', 'run_loop',
-           'open_run', 'train', 'free_folder', 'end_words', 'step_words', 'setting_widgets', 'RunView', 'RunPanel',
-           'WorkingPanel', 'TrainingPanel']
+__all__ = ['shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_loop', 'run_steps', 'open_run',
+           'train']
 
 # %% ../nbs/45_training.ipynb #011c04e9
 import finetuning_kit
 from .census import png
 from .config import FineTuningConfig, save_config, schedule_lines
-from .knobs import STYLE, Shown, folded, labelled, owner_of, panel
 from .machine import probe_machine, resolve_config
-from .methods import add_lora, base_precision, method_notes, prepare_method, settle_for_method
+from .methods import base_precision, method_notes, prepare_method, settle_for_method
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
 from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, library_versions
 from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
 from .processes import announce_failure, is_main_process, join_processes, meet, n_processes, shards_weights
 from .progress import EARLY, RunProgress, early_end, interrupts, memory_guard, save_weights
 from .proof import load_weights, prove, remember, room_note
-from .runs import RunFolder, disk_guard, plot_loss
+from .runs import RunFolder, disk_guard
 from .settings import FinetuningError
 from .encoding import EncodedRow
-from .trainer import check_fit, check_rows, labelled_positions, make_trainer, own_forward, settle_packing
+from .speed import fast_paths, settle_speed
+from .standing import plot_run
+from .trainer import check_fit, check_rows, make_trainer, own_forward
+from .watching import Reports, watchers
 
 # %% ../nbs/45_training.ipynb #208e11ce
 import torch
@@ -141,9 +139,35 @@ def finish_run(
         seconds=round(run.seconds, 2))
     if is_main_process():
         with disk_guard(folder / "loss.png"):
-            (folder / "loss.png").write_bytes(png(plot_loss(run.history), dpi=110))
+            (folder / "loss.png").write_bytes(png(plot_run(run.history), dpi=110))
     folder.update_json("run.json", status=run.status, ended=run.ended, n_steps=run.n_steps, notes=run.notes,
                        signal=run.signal, seconds=round(run.seconds, 2))
+
+# %% ../nbs/45_training.ipynb #1ad2bdcc
+def run_loop(
+    run: TrainedRun,  # prepared
+    progress: RunProgress,  # hears what happens
+    rows: tuple,  # rows to learn from, to measure on
+    checkpoint: Path | None,  # where to go on
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first
+) -> None:  # fills the run's status and counts
+    "Train until the end, a stop or a failure."
+    began, run.start = time.time(), remember(run.model, rows[0])
+    try:
+        with own_forward(run.model), memory_guard(run.config), interrupts(progress), fast_paths(run.config, run.model):
+            done = run_steps(run, progress, rows, checkpoint, callbacks)
+    finally:
+        run.seconds, run.notes = time.time() - began, run.notes + progress.warnings
+    run.status = "finished" if done or progress.stop_reason == EARLY else progress.stop_reason
+    run.ended, run.signal = f"all {run.n_steps} steps are done" if done else run.status, progress.signal
+    if progress.stop_reason == EARLY and not done:
+        run.ended = early_end(progress.history, run.config.training)
+        if run.folder.best_model.is_dir():
+            load_weights(run.model, run.folder.best_model)
+            run.ended += ", whose weights the run ends with"
+        run.notes.append(run.ended)
+    elif run.signal:
+        run.ended = f"interrupted by {signal.Signals(run.signal).name}"
 
 # %% ../nbs/45_training.ipynb #a4a086a5
 def run_steps(
@@ -164,32 +188,6 @@ def run_steps(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     run.n_steps = trainer.state.global_step
     return run.n_steps >= trainer.state.max_steps
-
-
-def run_loop(
-    run: TrainedRun,  # prepared
-    progress: RunProgress,  # hears what happens
-    rows: tuple,  # rows to learn from, to measure on
-    checkpoint: Path | None,  # where to go on
-    callbacks: tuple = (),  # TrainerCallbacks that hear it first
-) -> None:  # fills the run's status and counts
-    "Train until the end, a stop or a failure."
-    began, run.start = time.time(), remember(run.model, rows[0])
-    try:
-        with own_forward(run.model), memory_guard(run.config), interrupts(progress), labelled_positions():
-            done = run_steps(run, progress, rows, checkpoint, callbacks)
-    finally:
-        run.seconds, run.notes = time.time() - began, run.notes + progress.warnings
-    run.status = "finished" if done or progress.stop_reason == EARLY else progress.stop_reason
-    run.ended, run.signal = f"all {run.n_steps} steps are done" if done else run.status, progress.signal
-    if progress.stop_reason == EARLY and not done:
-        run.ended = early_end(progress.history, run.config.training)
-        if run.folder.best_model.is_dir():
-            load_weights(run.model, run.folder.best_model)
-            run.ended += ", whose weights the run ends with"
-        run.notes.append(run.ended)
-    elif run.signal:
-        run.ended = f"interrupted by {signal.Signals(run.signal).name}"
 
 # %% ../nbs/45_training.ipynb #a989b98e
 def open_run(
@@ -219,7 +217,7 @@ def open_run(
         notes.append(f"a warm start: the weights of `{source.name}`, with a new optimizer and a new schedule")
     if start.drift:
         set_aside(folder, start.saved["step"])
-    config, packed = settle_packing(config, model, rows[0])
+    config, packed = settle_speed(config, model, rows[0])
     shares = [f"rows: {schedule_lines(config.training, None, n_processes())['effective batch']}"] * (n_processes() > 1)
     notes += settled + suited + method_notes(config, model) + packed + shares + start.notes + room_note(folder, model)
     run = TrainedRun(model, tokenizer, folder, config, notes=notes)
@@ -248,9 +246,11 @@ def train(
     rows = (list(train_rows), list(eval_rows or []))
     with quiet_libraries():
         run, saved, checkpoint = open_run(config, rows, model, tokenizer, folder, resume)
-        progress = RunProgress(run.folder, on_event, should_stop, saved, run.config.training)
+        reports = Reports(run.config, run.folder, run.notes, on_event)
+        progress = RunProgress(run.folder, reports, should_stop, saved, run.config.training)
         run.history = progress.history
         try:
+            callbacks = [*callbacks, *watchers(run.config, run.tokenizer, rows[1], progress, run.notes)]
             run_loop(run, progress, rows, checkpoint, callbacks)
             finish_run(run)
             progress.emit("end", step=run.n_steps, status=run.status)
@@ -263,230 +263,3 @@ def train(
                 progress.emit("end", status=run.status, reason=reason)
             raise
     return run
-
-# %% ../nbs/45_training.ipynb #ce96beb9
-def free_folder(
-    config: FineTuningConfig,  # names the run
-    last: bool = False,  # True: the one before, where the newest run lies
-) -> RunFolder:  # `<task>_<dataset>`, or the first of `-2`, `-3`, ... that holds nothing
-    "Find a folder for one more run, or the one of the last run."
-    first, n = RunFolder.for_config(config), 1
-    before = folder = first
-    while folder.held():
-        n += 1
-        before, folder = folder, RunFolder(f"{first.path}-{n}")
-    return before if last else folder
-
-
-def end_words(
-    run: TrainedRun,  # over
-) -> str:  # begins with "finished" or "stopped"
-    "Say how a run ended."
-    if run.status == "finished":
-        losses = [entry["loss"] for entry in run.history if "loss" in entry]
-        kind = "adapter" if run.folder.adapter.is_dir() else "final_model"
-        return (f"finished: {run.n_steps} steps in {run.seconds:.0f} s, loss {losses[0]:.2f} → {losses[-1]:.2f}, "
-                f"saved in {run.folder.path.name}/{kind}")
-    return f"stopped at step {run.n_steps} (checkpoint-{run.n_steps} kept in {run.folder.path.name})"
-
-
-def step_words(
-    event: dict,  # with `step`, `n_steps` and `loss`
-    first: int,  # the step the session began at
-    seconds: float,  # since then
-) -> str:  # one line
-    "Say where a run stands."
-    left = seconds / max(event["step"] - first, 1) * (event["n_steps"] - event["step"])
-    clock = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-    return f"step {event['step']} of {event['n_steps']}, loss {event['loss']:.3f}, about {clock} left"
-
-# %% ../nbs/45_training.ipynb #60af9228
-FIRST = ("lora.r", "lora.lora_alpha", "training.learning_rate", "training.num_train_epochs",
-         "training.per_device_train_batch_size", "training.lr_scheduler_type")
-PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
-                      "0000000b4944415478da636000020000050001e9fadcd80000000049454e44ae426082")
-
-
-def setting_widgets(
-    settings,  # a panel whose knobs are the groups of a run
-) -> list:  # the rows that matter most, what follows from them, and the rest folded away
-    "Arrange a panel's knobs for a run."
-    groups = settings.knobs
-    first = [knob for group in groups for knob in group.inner
-             if knob.path in FIRST and owner_of(settings.config, knob.path) is not None]
-    settings.knobs = [replace(group, inner=tuple(knob for knob in group.inner if knob not in first))
-                      for group in groups]
-    boxes = [part for part in settings.widget.children if "ftk-box" in part._dom_classes and len(part.children) > 1]
-    settings.knobs = groups
-    rows = [settings.view.row(knob, getattr(owner_of(settings.config, knob.path), knob.name)) for knob in first]
-    settings.view.refresh()
-    import ipywidgets as W
-
-    texts = settings.view.texts
-    code = folded({"as code": texts["code"], "as YAML": texts["yaml"]})
-    return [*(W.HBox(row, layout={"align_items": "center"}) for row in rows), texts["follows"], texts["error"],
-            folded({"more settings": W.VBox([*boxes, code])})]
-
-# %% ../nbs/45_training.ipynb #2962db76
-class RunView:
-    "A training panel on the screen."
-
-    def __init__(
-        self,
-        settings,  # a panel of a whole config
-        on_run: Callable,  # called by the Run button
-        on_stop: Callable,  # called by the Stop button
-    ):
-        import ipywidgets as W
-
-        self.run = W.Button(description="Run", icon="play", button_style="primary", tooltip="start a run")
-        self.stop = W.Button(description="Stop", icon="stop", disabled=True, tooltip="finish the step, save, stop")
-        self.bar = W.FloatProgress(value=0, max=1, layout={"flex": "1 1 auto", "width": "auto"})
-        self.status = labelled("status")
-        self.plot = W.Image(value=PIXEL, format="png", layout={"width": "100%", "display": "none"})
-        for name in ("run", "stop", "bar", "plot"):
-            getattr(self, name).add_class(f"ftk-{name}")
-        self.run.on_click(lambda button: on_run())
-        self.stop.on_click(lambda button: on_stop())
-        knobs, screen = W.VBox(setting_widgets(settings)), W.VBox([
-            W.HBox([self.run, self.stop, self.bar], layout={"align_items": "center"}), self.status, self.plot])
-        for box in (knobs, screen):
-            box.add_class("ftk-box")
-        self.widget = W.VBox([W.HTML(STYLE), knobs, screen])
-        self.widget.add_class("ftk-panel")
-        self.widget.add_class("ftk-training")
-
-    def show(
-        self,
-        status: str,  # one line
-        running: bool,  # whether a run is going on
-        share: float,  # of the steps, 0 to 1
-        picture: bytes | None = None,  # the curve; None: as it is
-    ) -> None:
-        "Show where a run stands."
-        self.status.value, self.bar.value = html.escape(status), share
-        self.run.disabled, self.stop.disabled = running, not running
-        self.stop.button_style = "danger" if running else ""
-        self.bar.bar_style = "danger" if status.startswith("failed") else "success" if share == 1 else ""
-        if picture:
-            self.plot.value, self.plot.layout.display = picture, None
-
-# %% ../nbs/45_training.ipynb #1aba9524
-class RunPanel(Shown):
-    "Settings and the state of a run, on the screen where a front end answers, in lines of text elsewhere."
-
-    def __init__(
-        self,
-        config: FineTuningConfig,  # where the settings start
-        train_rows: list[EncodedRow],  # what is learned from
-        eval_rows: list[EncodedRow] | None = None,  # what the loss is measured on
-    ):
-        self.settings, self.rows = panel(config, len(train_rows)), (train_rows, eval_rows)
-        self.settings.knobs = [knob for knob in self.settings.knobs if knob.path in ("lora", "training")]
-        self.status, self.history, self.share, self.result = "ready", [], 0.0, None
-        self.running, self.wish, self.thread, self.view = False, threading.Event(), None, None
-        self.first_step, self.began, self.shown = 0, 0.0, 0.0
-
-    def text(self) -> str:  # lines
-        "The panel as plain text."
-        return f"{self.settings.text()}\n\n{self.status}"
-
-    def say(
-        self,
-        status: str,  # one line
-        n_steps: int | None = None,  # steps planned: draw the curve; None: leave it
-    ) -> None:
-        "Show a line, on the screen or as text."
-        self.status, self.shown = status, time.monotonic()
-        if self.view is None:
-            return print(status)
-        figure = plot_loss(self.history, n_steps, width=8.8) if n_steps and self.history else None
-        self.view.show(status, self.running, self.share, png(figure, dpi=120) if figure else None)
-
-# %% ../nbs/45_training.ipynb #142c6f18
-class WorkingPanel(RunPanel):
-    "The same, with a run that reports to it."
-
-    def begin(self) -> None:
-        "Get ready for a run; refused while one is going on or a setting is wrong."
-        if self.running or self.settings.error:
-            raise FinetuningError(self.settings.error or "a run is going on in this panel; stop it first")
-        self.running, self.history, self.share = True, [], 0.0
-        self.wish.clear()
-        self.say("starting")
-
-    def hear(
-        self,
-        event: dict,  # from the run
-    ) -> None:
-        "Show what a run reports: at most two pictures a second, without a screen one line a log point."
-        if event["type"] == "start":
-            self.first_step, self.began = event["step"], time.monotonic()
-        if event["type"] in ("log", "eval"):
-            self.history.append(event)
-        if event["type"] == ("log" if self.view is None else "step"):
-            self.share = event["step"] / event["n_steps"]
-            if self.view is None or time.monotonic() - self.shown >= 0.5:
-                words = step_words(event, self.first_step, time.monotonic() - self.began)
-                self.say("stopping after this step" if self.wish.is_set() else words, event["n_steps"])
-
-    def work(self) -> TrainedRun:  # a failure is said, then raised
-        "Run to an end that has a name."
-        status = "failed: interrupted twice, so no last checkpoint was saved"
-        try:
-            config = self.settings.config
-            self.result = train(config, *self.rows, folder=free_folder(config), on_event=self.hear,
-                                should_stop=self.wish.is_set)
-            status = end_words(self.result)
-        except Exception as error:
-            status = f"failed: {error or type(error).__name__}"
-            raise
-        finally:
-            self.running = False
-            self.say(status, self.history[-1]["step"] if self.history else None)
-        return self.result
-
-# %% ../nbs/45_training.ipynb #22bd2114
-class TrainingPanel(WorkingPanel):
-    "A panel that starts a run, shows it, and stops it."
-
-    @property
-    def widget(self):
-        "The panel as a widget, made when it is first asked for."
-        if self.view is None:
-            self.view = RunView(self.settings, self.press, self.stop)
-            self.say(self.status)
-        return self.view.widget
-
-    def run(self) -> TrainedRun:  # finished, stopped or interrupted; a failure is raised
-        "Train in this cell; Ctrl-C or the notebook's interrupt button stops the run."
-        self.begin()
-        return self.work()
-
-    def start(self) -> None:
-        "Train in a thread; `stop()` ends the run, `thread.join()` waits for its end."
-        self.begin()
-        self.thread = threading.Thread(target=self.work_aside, daemon=True)
-        self.thread.start()
-
-    def work_aside(self) -> None:
-        "Work where nobody catches an exception; the status line has told it."
-        with suppress(Exception):
-            self.work()
-
-    def stop(self) -> None:
-        "Let the run finish its step, save a checkpoint, and end."
-        self.wish.set()
-        if self.running:
-            self.say("stopping after this step")
-
-    def press(self) -> None:
-        "What the Run button does: a wrong setting becomes a line, never a traceback."
-        try:
-            self.begin()
-        except FinetuningError as error:
-            return None if self.running else self.say(f"failed: {error}")
-        if "google.colab" in sys.modules:
-            return self.work_aside()
-        self.thread = threading.Thread(target=self.work_aside, daemon=True)
-        self.thread.start()

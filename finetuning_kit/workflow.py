@@ -17,7 +17,8 @@ from pathlib import Path
 
 # %% ../nbs/48_workflow.ipynb #5233f83a
 from .checkpoints import find_start, run_fingerprint
-from .config import FineTuningConfig, demo_config
+from .cockpit import free_folder
+from .config import FineTuningConfig
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
 from .machine import probe_machine, resolve_config
@@ -27,13 +28,14 @@ from .models import count_parameters, load_model, load_tokenizer
 from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
+from .profiles import demo_config
 from .records import Document
 from .runs import RunFiles, RunFolder
 from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
 from .tokens import encode_prompt
-from .training import TrainedRun, free_folder, train
+from .training import TrainedRun, train
 
 # %% ../nbs/48_workflow.ipynb #e70e34c6
 def longest_answer(

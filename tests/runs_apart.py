@@ -16,7 +16,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.settings import FinetuningError

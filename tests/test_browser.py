@@ -13,7 +13,7 @@ from tests.browser import in_kernel, notebook_page
 
 SETUP = """
 import tempfile
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.tokens import encode_records

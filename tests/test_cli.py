@@ -322,3 +322,124 @@ def test_validate_refuses_a_file_that_cannot_be_read(typed, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     code, out, err = typed("validate", "--dataset", "rows.jsonl")
     assert (code, out) == (2, "") and "rows.jsonl:2" in err
+
+
+# Settings by name: layers over one another, each value with its origin, and flags that cannot both be meant.
+
+def rehearse(typed, *words):
+    "A dry run on the pocket model: its exit code, and its lines with single spaces."
+    code, out, err = typed("train", "--base-model", "pocket", "--dataset", "rows.jsonl", "--dry-run", *words)
+    assert err == "", err
+    assert max(map(len, out.splitlines())) <= 100
+    return code, [" ".join(line.split()) for line in out.splitlines()]
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    "A terminal of 100 columns."
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_a_dry_run_says_where_each_value_came_from(typed, rows, wide):
+    Path("run.yaml").write_text("lora:\n  r: 4\nseed: 7\n")
+    words = "--task code --config low_resource --config run.yaml --lora-profile unsloth --num_epochs=2".split()
+    code, lines = rehearse(typed, *words, "--training.learning-rate", "1e-4 * 2")
+    assert code == 1  # forty rows are few
+    for line in ("learning_rate 0.0002 --training.learning-rate", "num_train_epochs 2 --num-epochs",
+                 "lora.r 4 run.yaml:2", "seed 7 run.yaml:3", "lora.lora_alpha 16 LoRA profile unsloth",
+                 "gradient_accumulation_steps 8 preset low_resource", "eval_steps 200 task code", "method lora default",
+                 "optimizer steps 5 an epoch × 2 = 10", "warm-up 500 of 10 steps", "lr_scheduler_type linear default"):
+        assert any(line in each for each in lines), (line, lines)
+    assert any("the run ends before its warm-up" in each for each in lines)
+    assert not Path("output").exists()
+
+
+def test_a_rate_for_all_weights_is_questioned_on_an_adapter_and_not_changed(typed, rows, wide):
+    _, lines = rehearse(typed, "--task", "chat")
+    said = " ".join(lines)
+    assert "learning_rate 2e-05 task chat" in said and "set `learning_rate` near 0.0002" in said
+    said = " ".join(rehearse(typed, "--task", "chat", "--full")[1])
+    assert "learning_rate 2e-05 task chat" in said and "hardly moves" not in said and "method full --full" in said
+    assert "learning_rate 0.002 demo" in " ".join(rehearse(typed)[1])
+
+
+@pytest.mark.parametrize("preset, figures", [
+    ("quick_test", ("100, set by max_steps", "2 rows × 1 pass", "more than the 54 steps of 3 epochs")),
+    ("low_resource", ("1 row × 8 passes = 8",)),
+    ("high_quality", ("warm-up 2,000 of", "8 rows × 1 pass")), ("production", ("4 rows × 2 passes",))])
+def test_every_preset_by_name(typed, rows, wide, preset, figures):
+    said = " ".join(rehearse(typed, "--config", preset)[1])
+    assert f"preset {preset}" in said and all(each in said for each in figures), said
+
+
+def test_every_flag_of_the_task_scripts_is_known(typed, rows, wide):
+    words = ("--task domain --lora --lora-rank 8 --gradient-checkpointing --max-length 128 --mixed-precision no "
+             "--eval-steps 50 --save-steps 200 --max-steps 9 --num-epochs 1 --learning-rate 1e-3/8 "
+             "--per-device-train-batch-size 2 --gradient-accumulation-steps 2 --num-workers 0 --output-dir out "
+             "--method lora")
+    _, lines = rehearse(typed, *words.split())
+    for line in ("learning_rate 0.000125 --learning-rate", "max_seq_length 128 --max-length", "method lora --method",
+                 "optimizer steps 9, set by max_steps", "lora.r 8 --lora-rank", "weight_decay 0.05 task domain"):
+        assert any(line in each for each in lines), (line, lines)
+    assert any("`num_train_epochs` 1" in each for each in lines) is False  # both are flags: nothing was overruled
+
+
+def test_frozen_layers_by_ratio(typed, rows, wide):
+    said = " ".join(rehearse(typed, "--freeze-ratio", "0.5", "--lr", "1e-5")[1])
+    assert "method freeze --freeze-ratio" in said and "freeze_ratio 0.5 --freeze-ratio" in said
+
+
+def test_a_name_without_an_effect_is_told(typed, rows, wide):
+    Path("run.yaml").write_text("method: full\nlearning_rate: 1e-5\n")
+    said = " ".join(rehearse(typed, "--config", "run.yaml", "--lora-profile", "unsloth")[1])
+    assert "the LoRA profile unsloth has no effect" in said
+    said = " ".join(rehearse(typed, "--config", "quick_test", "--num-epochs", "1")[1])
+    assert "`num_train_epochs` 1 (--num-epochs) has no effect, for `max_steps` 100 (preset quick_test) decides" in said
+
+
+def test_a_name_of_former_days_is_noted_once(typed, rows, wide):
+    Path("run.yaml").write_text("model_name: pocket\nwarmup_ratio: 0.1\nmax_steps: 2\nload_in_4bit: false\n")
+    note = "`warmup_ratio` is called `warmup_steps` now"
+    assert " ".join(rehearse(typed, "--config", "run.yaml")[1]).count(note) == 1
+    code, _, err = typed(*train("--dataset", rows, "--config", "run.yaml", "--lr", "1e-3"))
+    assert code == 0, err
+    notes = json.loads(Path("runs/instruct_rows/run.json").read_text())["notes"]
+    assert sum(note in each for each in notes) == 1
+    assert "warmup_steps: 0.1" in Path("runs/instruct_rows/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("words, names", [
+    ("--full --lora", ("--full", "--lora")), ("--full --lora-rank 8", ("--full", "--lora-rank")),
+    ("--freeze-ratio 0.5 --lora", ("--freeze-ratio", "--lora")),
+    ("--method ia3 --lora-rank 4", ("--method", "--lora-rank")),
+    ("--lr 1e-4 --learning-rate 2e-4", ("--lr", "--learning-rate")), ("--load-in-4bit --no-4bit", ("--no-4bit",)),
+    ("--full --lora-profile unsloth", ("--full", "--lora-profile")),
+    ("--full --load-in-4bit", ("--full", "--load-in-4bit")),
+    ("--mixed-precision fp16 --bf16 true", ("--mixed-precision", "--bf16"))])
+def test_flags_that_exclude_each_other(typed, rows, words, names):
+    for more in ((), ("--dry-run",)):
+        code, out, err = typed(*train("--dataset", rows, *words.split(), *more))
+        assert (code, out) == (2, "") and all(name in err for name in names) and err.count("\n") == 1, err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--config quick_tset", "did you mean quick_test?"), ("--task chta", "did you mean chat?"),
+    ("--lora-profile unslot", "did you mean unsloth?"), ("--learning-rate 1e-4*", "`training.learning_rate` must be"),
+    ("--learning-rate __import__('os')", "`training.learning_rate` must be"),
+    ("--freeze-ratio 2", "`freeze_ratio` must be"),
+    ("--lora.rnak 8", "unknown flag --lora.rnak; did you mean --lora.r?"), ("--max-steps 0", "`max_steps` must be -1"),
+    ("--lora-rank eight", "`lora.r` must be a whole number"), ("--config .", "is a folder"),
+    ("--method lroa", "did you mean lora?"), ("--early-stopping 3 --eval-strategy no", "`early_stopping` needs")])
+def test_bad_names_and_values(typed, rows, words, sentence):
+    code, _, err = typed(*train("--dataset", rows, *words.split(), "--dry-run"))
+    assert code == 2 and sentence in err and "unexpected" not in err and err.count("\n") == 1, err
+
+
+def test_a_file_without_a_model_asks_for_one(typed, rows):
+    Path("run.yaml").write_text("lora:\n  r: 4\n")
+    code, _, err = typed("train", "--config", "run.yaml", "--dataset", rows, "--dry-run")
+    assert code == 2 and "`model_name` is missing" in err
+    Path("run.yaml").write_text("")
+    code, _, err = typed("train", "--config", "run.yaml", "--dataset", rows, "--base-model", "pocket", "--dry-run")
+    assert code == 2 and "run.yaml" in err

@@ -15,7 +15,7 @@ from finetuning_kit.launch import CONFIGURATIONS, launch_command, launch_config
 RUN = """
 import os, sys
 from dataclasses import replace
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.processes import process_index
@@ -273,7 +273,7 @@ def trainer_for(folder, rows, batch, passes, packing=False):
     "Our trainer on the pocket model: three steps of eight rows."
     import torch
 
-    from finetuning_kit.config import demo_config
+    from finetuning_kit.profiles import demo_config
     from finetuning_kit.models import load_model, load_tokenizer
     from finetuning_kit.runs import RunFolder
     from finetuning_kit.trainer import RunProgress, make_trainer
@@ -294,7 +294,7 @@ def three_steps(folder, *words, broken=False, **more):
     from transformers import TrainerCallback
 
     from finetuning_kit.models import quiet_libraries
-    from finetuning_kit.trainer import labelled_positions
+    from finetuning_kit.speed import labelled_positions
 
     caught = []
 

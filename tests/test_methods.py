@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetuning_kit.config import VARIANTS, demo_config
+from finetuning_kit.config import VARIANTS
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.finetuner import LLMFineTuner
 from finetuning_kit.loading import load_records
 from finetuning_kit.merging import merge_lora_weights

@@ -4,14 +4,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.machine import resolve_config
 from finetuning_kit.models import load_model, load_tokenizer, quiet_libraries
 from finetuning_kit.packing import check_packing, plan_packs
 from finetuning_kit.runs import RunFolder
 from finetuning_kit.tokens import encode_records, to_dataset
-from finetuning_kit.trainer import RunProgress, labelled_positions, make_trainer, own_forward
+from finetuning_kit.trainer import RunProgress, make_trainer, own_forward
+from finetuning_kit.speed import labelled_positions
 from finetuning_kit.training import train
 
 

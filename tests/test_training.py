@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from finetuning_kit.checkpoints import find_start, run_fingerprint
-from finetuning_kit.config import demo_config, load_config
+from finetuning_kit.config import load_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.encoding import EncodedRow
 from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.progress import memory_guard

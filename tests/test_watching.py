@@ -14,7 +14,7 @@ from tests.notebooks import environment
 
 CELLS = ["""
 import os
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.cockpit import TrainingPanel
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
@@ -48,7 +48,7 @@ def test_libraries_are_silent_in_a_notebook(tmp_path):
 
 SCRIPT = """
 import sys
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.screens import RunScreen

@@ -12,7 +12,7 @@ import tempfile
 
 import ipywidgets
 
-from finetuning_kit.config import demo_config
+from finetuning_kit.profiles import demo_config
 from finetuning_kit.knobs import panel
 from finetuning_kit.loading import load_records
 from finetuning_kit.models import load_tokenizer

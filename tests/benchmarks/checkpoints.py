@@ -24,7 +24,7 @@ def time_of(save, n=7):
 
 def trained(r, steps=3):
     "A trainer of the pocket model that has made some steps."
-    from finetuning_kit.config import demo_config
+    from finetuning_kit.profiles import demo_config
     from finetuning_kit.loading import load_records
     from finetuning_kit.models import load_tokenizer
     from finetuning_kit.progress import RunProgress
