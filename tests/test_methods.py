@@ -211,3 +211,13 @@ def test_full_and_merged_runs_leave_a_verified_model(tmp_path):
         full.folder.final_model / "README.md").read_text()
     tuned = fine_tune(settings("pissa", tmp_path / "b"), max_answers=8)
     assert tuned.merge_check.passed and "load_model" in (tuned.folder.adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("word, rate", [("prefix", 0.3), ("prompt", 0.1), ("p_tuning", 3e-3)])
+def test_answers_in_batches_are_those_of_one_by_one(word, rate, rows, tmp_path):
+    from finetuning_kit.evaluation import generate_answers
+
+    run = train(settings(word, tmp_path, learning_rate=rate), rows[0])
+    ids = [row.input_ids[: row.n_tokens - row.n_loss_tokens] for row in rows[1]]
+    assert generate_answers(run.model, run.tokenizer, ids, 8) == [
+        generate_answers(run.model, run.tokenizer, [one], 8)[0] for one in ids]
