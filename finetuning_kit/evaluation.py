@@ -84,6 +84,21 @@ def plain_greedy(
         inner.generation_config = kept
         model.train(was_training)
 
+# %% ../nbs/46_evaluation.ipynb #fbdaaee0
+def batches_by_length(
+    prompts: list[list[int]],  # token ids
+    batch_size: int,  # prompts in a batch at most
+    same_length: bool = False,  # True: no padding, which would stand between trained positions and the prompt
+) -> list[list[int]]:  # which prompts go together, the longest first
+    "Put prompts of similar length into batches"
+    batches = []
+    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
+        fits = batches and len(batches[-1]) < batch_size
+        if not fits or same_length and len(prompts[batches[-1][0]]) != len(prompts[row]):
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
 # %% ../nbs/46_evaluation.ipynb #180711ab
 def _check_prompts(
     prompts: list[list[int]],  # token ids of each prompt
@@ -99,21 +114,6 @@ def _check_prompts(
             raise FinetuningError(f"`prompts[{row}]` is text; pass token ids: encode_prompt(tokenizer, record)")
         if len(prompt) == 0:
             raise FinetuningError(f"`prompts[{row}]` is empty; a prompt needs at least one token")
-
-
-def batches_by_length(
-    prompts: list[list[int]],  # token ids
-    batch_size: int,  # prompts in a batch at most
-    same_length: bool = False,  # True: no padding, which would stand between trained positions and the prompt
-) -> list[list[int]]:  # which prompts go together, the longest first
-    "Put prompts of similar length into batches"
-    batches = []
-    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
-        fits = batches and len(batches[-1]) < batch_size
-        if not fits or same_length and len(prompts[batches[-1][0]]) != len(prompts[row]):
-            batches.append([])
-        batches[-1].append(row)
-    return batches
 
 
 def generate_answers(

@@ -1,4 +1,4 @@
-"""Each training method: it learns, what it saved says the same, it goes on where it stopped, and it merges if it can."""
+"""Each training method: it learns, its files say the same, it goes on where it stopped, it merges if it can."""
 import json
 from pathlib import Path
 
