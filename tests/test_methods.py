@@ -166,7 +166,8 @@ def test_the_numbers_of_gpt2_are_the_right_ones(capsys):
     tuner.model = model
     assert tuner.get_target_modules() == ["c_attn", "c_proj"]
     tuner.setup_lora(target_modules=["c_attn"])
-    assert capsys.readouterr().out.strip() == "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    told = "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    assert capsys.readouterr().out.strip() == told
     with torch.device("meta"):
         tuner.model = gpt2()
     tuner.setup_lora()
@@ -187,7 +188,8 @@ def test_another_architecture_gets_its_own_layers(word):
 def test_default_layers_give_way_to_the_models_own():
     from finetuning_kit.config import FineTuningConfig
 
-    model, notes = prepare_method(FineTuningConfig(model_name="x", load_in_4bit=False), gpt2(n_layer=1, n_embd=32, n_head=2))
+    config = FineTuningConfig(model_name="x", load_in_4bit=False)
+    model, notes = prepare_method(config, gpt2(n_layer=1, n_embd=32, n_head=2))
     assert notes[0] == "lora on c_attn: 1 layer, c_proj: 2 layers" and "own attention layers were taken" in notes[1]
     with pytest.raises(FinetuningError, match="no layer of this model is called; it has c_attn"):
         add_lora(gpt2(n_layer=1, n_embd=32, n_head=2), demo_config(**ATTENTION).lora)
