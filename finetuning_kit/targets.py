@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['MARKS', 'adaptable_layers', 'matches', 'layer_counts', 'is_tied', 'check_ends', 'target_layers', 'check_whole',
-           'norm_names', 'layer_stack', 'freeze_bottom', 'TrainedParts', 'trained_parts']
+__all__ = ['PARAMETER_MARKS', 'adaptable_layers', 'matches', 'layer_counts', 'is_tied', 'check_ends', 'target_layers',
+           'check_whole', 'norm_names', 'layer_stack', 'freeze_bottom', 'TrainedParts', 'trained_parts']
 
 # %% ../nbs/27a_targets.ipynb #367f474f
 from .config import LoRAConfig
@@ -148,7 +148,7 @@ def freeze_bottom(
     return n_frozen
 
 # %% ../nbs/27a_targets.ipynb #64ab8e67
-MARKS = ("lora_", "ia3_", "modules_to_save", "ln_tuning_layers", "token_adapter", "trainable_tokens_")
+PARAMETER_MARKS = ("lora_", "ia3_", "modules_to_save", "ln_tuning_layers", "token_adapter", "trainable_tokens_")
 
 
 @dataclass
@@ -173,7 +173,7 @@ def trained_parts(
     found = {}
     for name, parameter in model.named_parameters():
         words = name.split(".")
-        at = next((i for i, word in enumerate(words) if word.startswith(MARKS)), len(words) - 1)
+        at = next((i for i, word in enumerate(words) if word.startswith(PARAMETER_MARKS)), len(words) - 1)
         layer = ".".join(words[:at])
         if parameter.requires_grad:
             label = layer.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Each training method: it learns, what it saved says the same, it goes on where it stopped, and it merges if it can."""
+"""Each training method: it learns, its files say the same, it goes on where it stopped, it merges if it can."""
 import json
 from pathlib import Path
 
@@ -167,7 +167,8 @@ def test_the_numbers_of_gpt2_are_the_right_ones(capsys):
     tuner.model = model
     assert tuner.get_target_modules() == ["c_attn", "c_proj"]
     tuner.setup_lora(target_modules=["c_attn"])
-    assert capsys.readouterr().out.strip() == "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    told = "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    assert capsys.readouterr().out.strip() == told
     with torch.device("meta"):
         tuner.model = gpt2()
     tuner.setup_lora()
@@ -188,7 +189,8 @@ def test_another_architecture_gets_its_own_layers(word):
 def test_default_layers_give_way_to_the_models_own():
     from finetuning_kit.config import FineTuningConfig
 
-    model, notes = prepare_method(FineTuningConfig(model_name="x", load_in_4bit=False), gpt2(n_layer=1, n_embd=32, n_head=2))
+    config = FineTuningConfig(model_name="x", load_in_4bit=False)
+    model, notes = prepare_method(config, gpt2(n_layer=1, n_embd=32, n_head=2))
     assert notes[0] == "lora on c_attn: 1 layer, c_proj: 2 layers" and "own attention layers were taken" in notes[1]
     with pytest.raises(FinetuningError, match="no layer of this model is called; it has c_attn"):
         add_lora(gpt2(n_layer=1, n_embd=32, n_head=2), demo_config(**ATTENTION).lora)
@@ -212,3 +214,13 @@ def test_full_and_merged_runs_leave_a_verified_model(tmp_path):
         full.folder.final_model / "README.md").read_text()
     tuned = fine_tune(settings("pissa", tmp_path / "b"), max_answers=8)
     assert tuned.merge_check.passed and "load_model" in (tuned.folder.adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("word, rate", [("prefix", 0.3), ("prompt", 0.1), ("p_tuning", 3e-3)])
+def test_answers_in_batches_are_those_of_one_by_one(word, rate, rows, tmp_path):
+    from finetuning_kit.evaluation import generate_answers
+
+    run = train(settings(word, tmp_path, learning_rate=rate), rows[0])
+    ids = [row.input_ids[: row.n_tokens - row.n_loss_tokens] for row in rows[1]]
+    assert generate_answers(run.model, run.tokenizer, ids, 8) == [
+        generate_answers(run.model, run.tokenizer, [one], 8)[0] for one in ids]
