@@ -29,7 +29,8 @@ ROWS = encode_records(TOKENIZER, load_records("pocket")[:48], max_length=128).ro
 BASIS = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 3, "save_total_limit": 2,
          "eval_steps": 3, "lora.lora_dropout": 0.1, "lora.r": 4}
 WRITERS = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"),
-           (shutil, "rmtree"), (torch, "save"), (safetensors.torch, "save_file"), (Path, "write_text"), (builtins, "open"))
+           (shutil, "rmtree"), (torch, "save"), (safetensors.torch, "save_file"), (Path, "write_text"),
+           (builtins, "open"))
 
 
 class Outcome(NamedTuple):

@@ -125,8 +125,8 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_which_it_passed
     outcome = go_on(broken)
     assert left(outcome.folder) == left(unbroken)
     assert record(outcome.folder)["resumed_from"] == "checkpoint-3"
-    note = "checkpoint-4 was not used: its file `optimizer.pt` is not as it was saved; the run went on from checkpoint-3"
-    assert note in record(outcome.folder)["notes"]
+    note = "checkpoint-4 was not used: its file `optimizer.pt` is not as it was saved; "
+    assert f"{note}the run went on from checkpoint-3" in record(outcome.folder)["notes"]
 
 
 def test_a_pickle_never_runs_even_in_a_checkpoint_with_a_right_seal(broken):

@@ -1,4 +1,4 @@
-"""What the command line makes of a run that is interrupted from outside, and the sentence for each fault of training."""
+"""What the command line makes of a run that is interrupted, and the sentence for each fault of training."""
 import json
 import os
 import signal
