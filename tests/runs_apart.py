@@ -128,7 +128,8 @@ def overshoot(step, rate):
     KitTrainer.training_step = broken
 
 
-FAULTS = {"silence": silence, "rate": overshoot, "loss": break_loss, "gradient": break_gradient, "weight": break_weight, "spike": blow_up}
+FAULTS = {"silence": silence, "rate": overshoot, "loss": break_loss, "gradient": break_gradient,
+          "weight": break_weight, "spike": blow_up}
 
 
 def listener(plan):
