@@ -212,6 +212,7 @@ def left(folder):
 def kill_at_random(n, home, seed=0, changes=None):
     "Kill n runs at random moments, go on, and count those that end as an unbroken run."
     random.seed(seed)
+    run_apart(home / "first", changes)  # the server needs a while to start
     begun = time.time()
     unbroken = run_apart(home / "unbroken", changes)
     longest, wanted, tally = time.time() - begun, left(unbroken.folder), []
