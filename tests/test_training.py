@@ -78,7 +78,7 @@ FAULTS = {  # fault -> what brings it about, words of the sentence, words of the
     "no steps": (lambda place: demo_config(max_steps=0), "`max_steps` must be -1", "at least 1"),
     "a weight that is no number": (lambda place: check_rows([EncodedRow([1], [1], weights=[float("nan")])], []),
                                    "a weight of this training row is no number", "give it 0, 1"),
-    "a tokenizer larger than its model": (lambda place: check_fit([EncodedRow([9**9, 1], [1, 1])], load_model("pocket")),
+    "a tokenizer larger than its model": (lambda place: check_fit([EncodedRow([99999], [1])], load_model("pocket")),
                                           "the rows use token", "encode them with the model's own tokenizer"),
     "a row longer than the model": (lambda place: check_fit([EncodedRow([5] * 2000, [5] * 2000)], load_model("pocket")),
                                     "the longest row has 2000 tokens", "lower `max_seq_length`"),
