@@ -86,7 +86,8 @@ FAULTS = {  # fault -> what brings it about, words of the sentence, words of the
                                   "'v_prj', which no layer of this model is called", "all-linear"),
     "4 bits and all weights": (lambda place: demo_config(method="full", load_in_4bit=True),
                                "`load_in_4bit` needs an adapter", "set it to false"),
-    "fp16 and bf16 at once": (lambda place: demo_config(fp16=True, bf16=True), "`fp16` and `bf16` are both on", "keep one"),
+    "fp16 and bf16 at once": (lambda place: demo_config(fp16=True, bf16=True), "`fp16` and `bf16` are both on",
+                              "keep one"),
     "a setting misspelled": (lambda place: from_yaml("model_name: pocket\nlearning_rat: 1e-4\n", place),
                              "config.yaml:2", "learning_rate"),
     "a model that is nowhere": (lambda place: load_tokenizer("no/such-model"), "`model_name` 'no/such-model'",
@@ -96,12 +97,14 @@ FAULTS = {  # fault -> what brings it about, words of the sentence, words of the
     "best by answers nobody asks for": (lambda place: demo_config(metric_for_best_model="eval_exact_match"),
                                         "for which questions have to be answered", "set `eval_answers` to 32"),
     "a drift that has no such name": (lambda place: find_start(
-        RunFolder(place), None, run_fingerprint(demo_config(), ROWS[:1]), "sed"), "`allow_drift` names 'sed'", "'seed'"),
+        RunFolder(place), None, run_fingerprint(demo_config(), ROWS[:1]), "sed"),
+        "`allow_drift` names 'sed'", "'seed'"),
     "weights of another shape": (lambda place: find_start(
-        RunFolder(place), f"weights:{place}", run_fingerprint(demo_config(), ROWS[:1])), "has no weights in safetensors",
+        RunFolder(place), f"weights:{place}", run_fingerprint(demo_config(), ROWS[:1])),
+        "has no weights in safetensors",
         "name the folder")}
 # in tests/test_checkpoints.py: loss, gradient and weight that are no numbers, spikes, a gradient of zero, a full disk,
-# signals, tampering, drift, guests, another base, other library versions; in the chapters: no chat template (rendering),
+# signals, tampering, drift, guests, another base, other library versions; in chapters: no chat template (rendering),
 # the pad token (models), an adapter on a wrong base (merging), trackers that fail (events of a run are always kept)
 
 
@@ -132,7 +135,8 @@ def test_what_a_failed_attempt_held_is_let_go_and_the_next_one_works(tmp_path, m
             in_thin_air(tmp_path / "first", max_steps=2)
     frames, models = caught.value.__traceback__, []
     while frames:
-        models += [value for value in frames.tb_frame.f_locals.values() if isinstance(value, (torch.nn.Module, KitTrainer))]
+        held = frames.tb_frame.f_locals.values()
+        models += [value for value in held if isinstance(value, (torch.nn.Module, KitTrainer))]
         frames = frames.tb_next
     assert models == []
     assert in_thin_air(tmp_path / "second", max_steps=2).status == "finished"
