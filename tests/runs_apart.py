@@ -29,7 +29,8 @@ ROWS = encode_records(TOKENIZER, load_records("pocket")[:48], max_length=128).ro
 BASIS = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 3, "save_total_limit": 2,
          "eval_steps": 3, "lora.lora_dropout": 0.1, "lora.r": 4}
 WRITERS = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"),
-           (shutil, "rmtree"), (torch, "save"), (safetensors.torch, "save_file"), (Path, "write_text"), (builtins, "open"))
+           (shutil, "rmtree"), (torch, "save"), (safetensors.torch, "save_file"), (Path, "write_text"),
+           (builtins, "open"))
 
 
 class Outcome(NamedTuple):
@@ -127,7 +128,8 @@ def overshoot(step, rate):
     KitTrainer.training_step = broken
 
 
-FAULTS = {"silence": silence, "rate": overshoot, "loss": break_loss, "gradient": break_gradient, "weight": break_weight, "spike": blow_up}
+FAULTS = {"silence": silence, "rate": overshoot, "loss": break_loss, "gradient": break_gradient,
+          "weight": break_weight, "spike": blow_up}
 
 
 def listener(plan):
@@ -210,6 +212,7 @@ def left(folder):
 def kill_at_random(n, home, seed=0, changes=None):
     "Kill n runs at random moments, go on, and count those that end as an unbroken run."
     random.seed(seed)
+    run_apart(home / "first", changes)  # the server needs a while to start
     begun = time.time()
     unbroken = run_apart(home / "unbroken", changes)
     longest, wanted, tally = time.time() - begun, left(unbroken.folder), []

@@ -1,4 +1,4 @@
-"""What the command line makes of a run that is interrupted from outside, and the sentence for each fault of training."""
+"""What the command line makes of a run that is interrupted, and the sentence for each fault of training."""
 import json
 import os
 import signal
@@ -44,7 +44,7 @@ def test_sigterm_ends_the_command_with_143_a_checkpoint_and_no_model(tmp_path):
     assert not (run / "final_model").exists() and not (run / "adapter").exists()
 
 
-# --- one sentence and one way out for each fault -----------------------------------------------------------------------
+# --- one sentence and one way out for each fault ---------------------------------------------------------------------
 def out_of_memory(error, **changes):
     "What a full memory is told as."
     with memory_guard(demo_config(**changes)):
@@ -77,9 +77,9 @@ FAULTS = {  # fault -> what brings it about, words of the sentence, words of the
                               "raise `max_seq_length`"),
     "no rows": (lambda place: check_rows([], []), "there are no training rows", "at least one row"),
     "no steps": (lambda place: demo_config(max_steps=0), "`max_steps` must be -1", "at least 1"),
-    "a weight that is no number": (lambda place: check_rows([EncodedRow([1, 2], [1, 2], weights=[1.0, float("nan")])], []),
+    "a weight that is no number": (lambda place: check_rows([EncodedRow([1], [1], weights=[float("nan")])], []),
                                    "a weight of this training row is no number", "give it 0, 1"),
-    "a tokenizer larger than its model": (lambda place: check_fit([EncodedRow([9**9, 1], [1, 1])], load_model("pocket")),
+    "a tokenizer larger than its model": (lambda place: check_fit([EncodedRow([99999], [1])], load_model("pocket")),
                                           "the rows use token", "encode them with the model's own tokenizer"),
     "a row longer than the model": (lambda place: check_fit([EncodedRow([5] * 2000, [5] * 2000)], load_model("pocket")),
                                     "the longest row has 2000 tokens", "lower `max_seq_length`"),
@@ -87,7 +87,8 @@ FAULTS = {  # fault -> what brings it about, words of the sentence, words of the
                                   "'v_prj', which no layer of this model is called", "all-linear"),
     "4 bits and all weights": (lambda place: demo_config(method="full", load_in_4bit=True),
                                "`load_in_4bit` needs an adapter", "set it to false"),
-    "fp16 and bf16 at once": (lambda place: demo_config(fp16=True, bf16=True), "`fp16` and `bf16` are both on", "keep one"),
+    "fp16 and bf16 at once": (lambda place: demo_config(fp16=True, bf16=True), "`fp16` and `bf16` are both on",
+                              "keep one"),
     "a setting misspelled": (lambda place: from_yaml("model_name: pocket\nlearning_rat: 1e-4\n", place),
                              "config.yaml:2", "learning_rate"),
     "a model that is nowhere": (lambda place: load_tokenizer("no/such-model"), "`model_name` 'no/such-model'",
@@ -97,12 +98,14 @@ FAULTS = {  # fault -> what brings it about, words of the sentence, words of the
     "best by answers nobody asks for": (lambda place: demo_config(metric_for_best_model="eval_exact_match"),
                                         "for which questions have to be answered", "set `eval_answers` to 32"),
     "a drift that has no such name": (lambda place: find_start(
-        RunFolder(place), None, run_fingerprint(demo_config(), ROWS[:1]), "sed"), "`allow_drift` names 'sed'", "'seed'"),
+        RunFolder(place), None, run_fingerprint(demo_config(), ROWS[:1]), "sed"),
+        "`allow_drift` names 'sed'", "'seed'"),
     "weights of another shape": (lambda place: find_start(
-        RunFolder(place), f"weights:{place}", run_fingerprint(demo_config(), ROWS[:1])), "has no weights in safetensors",
+        RunFolder(place), f"weights:{place}", run_fingerprint(demo_config(), ROWS[:1])),
+        "has no weights in safetensors",
         "name the folder")}
 # in tests/test_checkpoints.py: loss, gradient and weight that are no numbers, spikes, a gradient of zero, a full disk,
-# signals, tampering, drift, guests, another base, other library versions; in the chapters: no chat template (rendering),
+# signals, tampering, drift, guests, another base, other library versions; in chapters: no chat template (rendering),
 # the pad token (models), an adapter on a wrong base (merging), trackers that fail (events of a run are always kept)
 
 
@@ -133,7 +136,8 @@ def test_what_a_failed_attempt_held_is_let_go_and_the_next_one_works(tmp_path, m
             in_thin_air(tmp_path / "first", max_steps=2)
     frames, models = caught.value.__traceback__, []
     while frames:
-        models += [value for value in frames.tb_frame.f_locals.values() if isinstance(value, (torch.nn.Module, KitTrainer))]
+        held = frames.tb_frame.f_locals.values()
+        models += [value for value in held if isinstance(value, (torch.nn.Module, KitTrainer))]
         frames = frames.tb_next
     assert models == []
     assert in_thin_air(tmp_path / "second", max_steps=2).status == "finished"
