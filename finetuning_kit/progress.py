@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
 import signal
+import sys
 import statistics
 import threading
 import traceback
@@ -174,7 +174,8 @@ class StepProgress(Progress):
                  "learning_rate": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
         self.window = []
         self.history.append(entry)
-        self.emit("log", **entry, n_steps=self.n_steps, token_accuracy=logs.get("mean_token_accuracy"))
+        self.emit("log", **entry, n_steps=self.n_steps, token_accuracy=logs.get("mean_token_accuracy"),
+                  **logs.get("pace", {}))
 
 # %% ../nbs/51_progress.ipynb #a63ef938
 EARLY = "stopped early"  # how a run ends whose patience ran out; it counts as finished
@@ -305,11 +306,16 @@ def interrupts(
         restore()
 
 # %% ../nbs/51_progress.ipynb #9407f9e2
-def peak_memory() -> str:  # such as "peak 3.1 GiB"
-    "Say how much memory was used at most."
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
-    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+def peak_memory() -> float:  # GiB; on a GPU what torch took at most, elsewhere what the process took; 0: not known
+    "Measure the most memory that was in use so far."
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 @contextmanager
@@ -333,5 +339,5 @@ def memory_guard(
         advice = ("set `gradient_checkpointing: true`" if size == 1 else
                   f"halve `per_device_train_batch_size` ({size}) and double `gradient_accumulation_steps` "
                   f"({t.gradient_accumulation_steps}): the steps stay the same")
-        raise FinetuningError(f"the memory is full ({peak_memory()}; batch {size}, length {config.max_seq_length}); "
+        raise FinetuningError(f"the memory is full (peak {peak_memory():.1f} GiB; batch {size}, length {config.max_seq_length}); "
                               f"{advice}; or lower `max_seq_length`")

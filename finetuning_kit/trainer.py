@@ -11,8 +11,8 @@ import pickle
 from contextlib import contextmanager
 
 # %% auto #0
-__all__ = ['SAME', 'check_rows', 'check_fit', 'WeightedTrainer', 'rows_of', 'QuietTrainer', 'WatchfulTrainer', 'KitTrainer',
-           'trainer_arguments', 'check_settings', 'make_trainer', 'own_forward']
+__all__ = ['SAME', 'check_rows', 'check_fit', 'WeightedTrainer', 'MeasuringTrainer', 'rows_of', 'QuietTrainer', 'WatchfulTrainer',
+           'ResumingTrainer', 'KitTrainer', 'trainer_arguments', 'check_settings', 'make_trainer', 'own_forward']
 
 # %% ../nbs/54_trainer.ipynb #a85447ad
 from .checkpoints import best_steps, checkpoint_step, checkpoints_to_drop, drop_checkpoints
@@ -108,6 +108,10 @@ class WeightedTrainer(SFTTrainer):
         self.current_gradient_accumulation_steps *= len(packs)
         return sum(super(WeightedTrainer, self).training_step(model, one, num_items_in_batch) for one in packs)
 
+# %% ../nbs/54_trainer.ipynb #465c8129
+class MeasuringTrainer(WeightedTrainer):
+    "The same, with a held-out loss that is the mean over all tokens."
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The held-out loss of a batch; its sum and its weight are kept for the mean over all."
         for one in map(self._prepare_inputs, inputs.get("packs", [inputs])):
@@ -145,7 +149,7 @@ def rows_of(
     return found
 
 # %% ../nbs/54_trainer.ipynb #9f891fab
-class QuietTrainer(WeightedTrainer):
+class QuietTrainer(MeasuringTrainer):
     "TRL's trainer: silent, and never past a loss, a gradient or a weight that is no number."
 
     def __init__(self, *args, progress, rows=(), keep=3, callbacks=(), **kwargs):
@@ -228,8 +232,8 @@ class WatchfulTrainer(QuietTrainer):
             self.progress.warn(odd, step, texts[odd])
 
 # %% ../nbs/54_trainer.ipynb #db6b9e3c
-class KitTrainer(WatchfulTrainer):
-    "The same, with checkpoints that appear whole, sealed and hashed."
+class ResumingTrainer(WatchfulTrainer):
+    "The same, with its own order of rows, and a start from what a checkpoint holds."
 
     def _get_output_dir(self, trial):
         return str(self.stage or super()._get_output_dir(trial))
@@ -246,6 +250,28 @@ class KitTrainer(WatchfulTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not load_method_state(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's affair
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        own = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+            raise FinetuningError(f"`resume`: the optimizer's state in {os.path.basename(checkpoint)} cannot be used "
+                                  f"({str(error).splitlines()[0]}); choose an earlier checkpoint") from error
+        if checkpoint and self.progress.drift:  # what was loaded remembers the old rate
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
+            factors = [shape(self.lr_scheduler.last_epoch) for shape in self.lr_scheduler.lr_lambdas]
+            for group, values, factor in zip(self.optimizer.param_groups, own, factors):
+                group.update(values, lr=values["initial_lr"] * factor)
+
+# %% ../nbs/54_trainer.ipynb #6d78bb4e
+class KitTrainer(ResumingTrainer):
+    "The same, with checkpoints that appear whole, sealed and hashed."
 
     def _save_checkpoint(self, model, trial):
         folder, step, settings = self.progress.folder, self.state.global_step, self.progress.settings
@@ -269,24 +295,6 @@ class KitTrainer(WatchfulTrainer):
             if weights is not None:
                 write_weights(self.model, self.processing_class, stage, weights)
             seal_checkpoint(stage, step=self.state.global_step, **self.progress.memory())
-
-    def _init_training_state(self, max_steps, *args, **kwargs):
-        found = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # how often to log and save is this session's affair
-        return found
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        own = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
-            raise FinetuningError(f"`resume`: the optimizer's state in {os.path.basename(checkpoint)} cannot be used "
-                                  f"({str(error).splitlines()[0]}); choose an earlier checkpoint") from error
-        if checkpoint and self.progress.drift:  # what was loaded remembers the old rate
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
-            factors = [shape(self.lr_scheduler.last_epoch) for shape in self.lr_scheduler.lr_lambdas]
-            for group, values, factor in zip(self.optimizer.param_groups, own, factors):
-                group.update(values, lr=values["initial_lr"] * factor)
 
 # %% ../nbs/54_trainer.ipynb #a9380af9
 SAME = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -336,7 +344,7 @@ def check_settings(
         raise FinetuningError(f"`optim` {config.training.optim} needs bitsandbytes; run `pip install "
                               "finetuning_kit[qlora]`, or set it to adamw_torch_fused")
 
-
+# %% ../nbs/54_trainer.ipynb #8b85f986
 def make_trainer(
     config: FineTuningConfig,  # resolved settings
     model,  # ready to train

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'finish_run', 'run_loop', 'run_steps', 'open_run',
+__all__ = ['shown_name', 'prepare_model', 'TrainedRun', 'describe_start', 'run_steps', 'open_run', 'run_loop', 'finish_run',
            'train']
 
 # %% ../nbs/57_training.ipynb #011c04e9
@@ -27,7 +27,8 @@ from .methods import base_precision, method_notes, prepare_method, settle_for_me
 from .models import count_parameters, keep_gradients, load_model, load_tokenizer, quiet_libraries
 from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, library_versions
 from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
-from .processes import announce_failure, is_main_process, join_processes, meet, n_processes, shards_weights
+from .processes import announce_failure, is_main_process, join_processes, meet, n_processes
+from .processes import shards_weights
 from .progress import EARLY, RunProgress, early_end, interrupts, memory_guard, save_weights
 from .proof import load_weights, prove, remember, room_note
 from .runs import RunFolder, disk_guard
@@ -115,60 +116,6 @@ def describe_start(
         warm_start=str(source) if source else None,
         versions={"finetuning_kit": finetuning_kit.__version__, **library_versions()})
 
-# %% ../nbs/57_training.ipynb #3f7e05c6
-def finish_run(
-    run: TrainedRun,  # finished, stopped or interrupted
-) -> None:  # writes adapter or model, metrics.json, loss.png and the end of run.json
-    "Write down how a run ended; only one that finished leaves a final adapter or model."
-    run.model.eval()
-    folder, evals = run.folder, [entry for entry in run.history if "eval_loss" in entry]
-    if run.status == "finished":
-        target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model
-        save_weights(run.model, run.tokenizer, target)
-        meet()
-    if run.status == "finished" and not shards_weights():  # pieces of a model cannot be asked
-        proof = prove(run.model, run.start, target)
-        run.status = "suspect" if proof.problems else "finished"
-        run.notes.append(f"{'THE RUN IS SUSPECT' if proof.problems else 'checked'}: {proof}")
-        folder.update_json("run.json", proof=vars(proof))
-    best = min(evals, key=lambda entry: entry["eval_loss"], default={})
-    losses = [entry["loss"] for entry in run.history if "loss" in entry]
-    folder.update_json(
-        "metrics.json", train_loss=losses[-1] if losses else None, eval_loss=evals[-1]["eval_loss"] if evals else None,
-        best_eval_loss=best.get("eval_loss"), best_step=best.get("step"), n_steps=run.n_steps,
-        seconds=round(run.seconds, 2))
-    if is_main_process():
-        with disk_guard(folder / "loss.png"):
-            (folder / "loss.png").write_bytes(png(plot_run(run.history), dpi=110))
-    folder.update_json("run.json", status=run.status, ended=run.ended, n_steps=run.n_steps, notes=run.notes,
-                       signal=run.signal, seconds=round(run.seconds, 2))
-
-# %% ../nbs/57_training.ipynb #1ad2bdcc
-def run_loop(
-    run: TrainedRun,  # prepared
-    progress: RunProgress,  # hears what happens
-    rows: tuple,  # rows to learn from, to measure on
-    checkpoint: Path | None,  # where to go on
-    callbacks: tuple = (),  # TrainerCallbacks that hear it first
-) -> None:  # fills the run's status and counts
-    "Train until the end, a stop or a failure."
-    began, run.start = time.time(), remember(run.model, rows[0])
-    try:
-        with own_forward(run.model), memory_guard(run.config), interrupts(progress), fast_paths(run.config, run.model):
-            done = run_steps(run, progress, rows, checkpoint, callbacks)
-    finally:
-        run.seconds, run.notes = time.time() - began, run.notes + progress.warnings
-    run.status = "finished" if done or progress.stop_reason == EARLY else progress.stop_reason
-    run.ended, run.signal = f"all {run.n_steps} steps are done" if done else run.status, progress.signal
-    if progress.stop_reason == EARLY and not done:
-        run.ended = early_end(progress.history, run.config.training)
-        if run.folder.best_model.is_dir():
-            load_weights(run.model, run.folder.best_model)
-            run.ended += ", whose weights the run ends with"
-        run.notes.append(run.ended)
-    elif run.signal:
-        run.ended = f"interrupted by {signal.Signals(run.signal).name}"
-
 # %% ../nbs/57_training.ipynb #a4a086a5
 def run_steps(
     run: TrainedRun,  # prepared
@@ -227,6 +174,60 @@ def open_run(
     meet()
     own = {"fingerprint": fingerprint, "run_id": folder.load_json("run.json")["id"], "drift": start.drift}
     return run, {**start.saved, **own}, start.checkpoint
+
+# %% ../nbs/57_training.ipynb #1ad2bdcc
+def run_loop(
+    run: TrainedRun,  # prepared
+    progress: RunProgress,  # hears what happens
+    rows: tuple,  # rows to learn from, to measure on
+    checkpoint: Path | None,  # where to go on
+    callbacks: tuple = (),  # TrainerCallbacks that hear it first
+) -> None:  # fills the run's status and counts
+    "Train until the end, a stop or a failure."
+    began, run.start = time.time(), remember(run.model, rows[0])
+    try:
+        with own_forward(run.model), memory_guard(run.config), interrupts(progress), fast_paths(run.config, run.model):
+            done = run_steps(run, progress, rows, checkpoint, callbacks)
+    finally:
+        run.seconds, run.notes = time.time() - began, run.notes + progress.warnings
+    run.status = "finished" if done or progress.stop_reason == EARLY else progress.stop_reason
+    run.ended, run.signal = f"all {run.n_steps} steps are done" if done else run.status, progress.signal
+    if progress.stop_reason == EARLY and not done:
+        run.ended = early_end(progress.history, run.config.training)
+        if run.folder.best_model.is_dir():
+            load_weights(run.model, run.folder.best_model)
+            run.ended += ", whose weights the run ends with"
+        run.notes.append(run.ended)
+    elif run.signal:
+        run.ended = f"interrupted by {signal.Signals(run.signal).name}"
+
+# %% ../nbs/57_training.ipynb #3f7e05c6
+def finish_run(
+    run: TrainedRun,  # finished, stopped or interrupted
+) -> None:  # writes adapter or model, metrics.json, loss.png and the end of run.json
+    "Write down how a run ended; only one that finished leaves a final adapter or model."
+    run.model.eval()
+    folder, evals = run.folder, [entry for entry in run.history if "eval_loss" in entry]
+    if run.status == "finished":
+        target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model
+        save_weights(run.model, run.tokenizer, target)
+        meet()
+    if run.status == "finished" and not shards_weights():  # pieces of a model cannot be asked
+        proof = prove(run.model, run.start, target)
+        run.status = "suspect" if proof.problems else "finished"
+        run.notes.append(f"{'THE RUN IS SUSPECT' if proof.problems else 'checked'}: {proof}")
+        folder.update_json("run.json", proof=vars(proof))
+    best = min(evals, key=lambda entry: entry["eval_loss"], default={})
+    losses = [entry["loss"] for entry in run.history if "loss" in entry]
+    folder.update_json(
+        "metrics.json", train_loss=losses[-1] if losses else None, eval_loss=evals[-1]["eval_loss"] if evals else None,
+        best_eval_loss=best.get("eval_loss"), best_step=best.get("step"), n_steps=run.n_steps,
+        seconds=round(run.seconds, 2))
+    if is_main_process():
+        with disk_guard(folder / "loss.png"):
+            (folder / "loss.png").write_bytes(png(plot_run(run.history), dpi=110))
+    folder.update_json("run.json", status=run.status, ended=run.ended, n_steps=run.n_steps, notes=run.notes,
+                       signal=run.signal, seconds=round(run.seconds, 2))
 
 # %% ../nbs/57_training.ipynb #2a57dc78
 def train(

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['ROLE', 'TRACKERS', 'peak_memory', 'Pace', 'Question', 'question_text', 'questions_of', 'Watcher', 'SampleAnswers',
-           'track_sources', 'tracked_rows', 'mean_log_probability', 'Tracks', 'event_numbers', 'public_settings',
-           'open_tensorboard', 'wandb_mode', 'open_wandb', 'open_trackio', 'Reports', 'watchers']
+__all__ = ['ROLE', 'TRACKERS', 'Pace', 'Question', 'question_text', 'questions_of', 'Watcher', 'SampleAnswers', 'track_sources',
+           'tracked_rows', 'mean_log_probability', 'Tracks', 'event_numbers', 'public_settings', 'open_tensorboard',
+           'wandb_mode', 'open_wandb', 'open_trackio', 'Reports', 'watchers']
 
 # %% ../nbs/55_watching.ipynb #71fe52a2
 from .asking import exact_match, generate_answers, read_answer
@@ -29,6 +29,7 @@ from .loading import load_records
 from .models import stop_token_ids
 from .packing import RowCollator, token_losses
 from .pipeline import encode_rows
+from .progress import peak_memory
 from .runs import RunFolder
 from .settings import FinetuningError
 from .tokens import to_dataset
@@ -38,18 +39,6 @@ import torch
 from transformers import TrainerCallback
 
 # %% ../nbs/55_watching.ipynb #18cfb12c
-def peak_memory() -> float:  # GiB; on a GPU what torch took at most, elsewhere what the process took; 0: not known
-    "Measure the most memory that was in use so far"
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 class Pace(TrainerCallback):
     "Adds `pace` to every log: tokens a second, seconds so far and to come, peak memory"
 

@@ -241,7 +241,7 @@ def write_account(
     folder.update_json("run.json", notes=result.notes, complete=result.status == "finished")
     folder.save_text("README.md", f"# {folder.path.name}\n\n{result._repr_markdown_()}\n")
 
-
+# %% ../nbs/62_workflow.ipynb #d2d90665
 def judge(
     result: FineTuned,  # a finished run; comparison, facts and merge check are filled in
     before: tuple,  # what `measure` found in the base
