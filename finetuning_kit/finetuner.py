@@ -12,7 +12,8 @@ from pathlib import Path
 
 # %% ../nbs/63_finetuner.ipynb #df5abebb
 from .config import FineTuningConfig, LoRAConfig
-from .evaluation import generate_answers, rouge_scores
+from .evaluation import rouge_scores
+from .asking import generate_answers
 from .loading import load_records
 from .machine import precision_of, resolve_config
 from .methods import add_lora

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .evaluation import generate_answers
+from .asking import generate_answers
 from .models import cached_file, load_adapter, load_model, load_tokenizer, quiet_libraries
 from .models import resolve_model_name, stop_token_ids, torch_dtype
 from .runs import file_hash, staged

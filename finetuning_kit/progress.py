@@ -306,7 +306,8 @@ def interrupts(
         restore()
 
 # %% ../nbs/51_progress.ipynb #9407f9e2
-def peak_memory() -> float:  # GiB; on a GPU what torch took at most, elsewhere what the process took; 0: not known
+def peak_memory(
+) -> float:  # GiB; on a GPU what torch took at most, elsewhere what the process took; 0: not known
     "Measure the most memory that was in use so far."
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30

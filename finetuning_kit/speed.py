@@ -21,7 +21,6 @@ from .processes import n_processes
 
 # %% ../nbs/53_speed.ipynb #407ed2c7
 import torch
-from peft.helpers import disable_input_dtype_casting
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -181,7 +180,6 @@ def fast_paths(
     with ExitStack() as paths:
         paths.enter_context(labelled_positions())
         paths.enter_context(row_by_row(model, bool(config.training.packing)))
-        paths.enter_context(disable_input_dtype_casting(model, precision_of(config) != "fp32"))
         yield
 
 # %% ../nbs/53_speed.ipynb #e74bd50c

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USE', 'ATTACH', 'LAYOUT', 'longest_answer', 'measure', 'template_fingerprint', 'public_name', 'card_settings',
-           'model_card', 'FineTuned', 'rehearse', 'merge_and_verify', 'start_account', 'write_account', 'judge',
-           'open_place', 'fine_tune', 'demo']
+           'model_card', 'FineTuned', 'rehearse', 'start_account', 'open_place', 'merge_and_verify', 'judge',
+           'write_account', 'fine_tune', 'demo']
 
 # %% ../nbs/62_workflow.ipynb #564d5209
 import hashlib
@@ -188,6 +188,37 @@ def rehearse(
                   "machine": str(probe_machine()), "notes": notes})
     return config, data, row_view, notes
 
+# %% ../nbs/62_workflow.ipynb #f53b5ac1
+def start_account(
+    folder: RunFolder,  # the run's folder, open
+    data: PreparedData,  # the run's rows
+    tokenizer,  # with its chat template
+) -> None:  # data_report.json, run.json, skipped_rows.jsonl
+    "Write what is known before the first step: a run that dies explains itself too"
+    folder.save_json("data_report.json", {**data.report.to_dict(), "ledger": data.ledger.to_dict()})
+    if data.skipped:
+        folder.save_text("skipped_rows.jsonl", b"".join(map(reject_line, data.skipped)).decode("utf-8"))
+    folder.update_json("run.json", data=data.fingerprint, overridden=data.overridden, machine=str(probe_machine()),
+                       template=template_fingerprint(tokenizer))
+
+# %% ../nbs/62_workflow.ipynb #4fb142c6
+def open_place(
+    config: FineTuningConfig,  # resolved settings
+    folder: RunFolder | None,  # None: named after task and data
+    rows: tuple,  # rows to learn from, to measure on
+    resume: str | int | None,  # None: a new run
+) -> RunFolder:  # open
+    "Open a run's folder, unless that would harm a run that lies there"
+    folder = folder or RunFolder.for_config(config)
+    if (Path(config.model_name) / "adapter_config.json").is_file():
+        raise FinetuningError(f"`model_name`: `{config.model_name}` is an adapter; name a whole model, such as the "
+                              "`final_model` that a run keeps beside its `adapter`")
+    if resume is not None and folder.load_json("run.json").get("complete"):
+        raise FinetuningError(f"`resume`: the run in `{folder.path}` is complete, and nothing in it was changed; "
+                              "to train again, choose another `output_dir`")
+    find_start(folder, resume, run_fingerprint(config, *rows), config.allow_drift)
+    return folder.open(resume)
+
 # %% ../nbs/62_workflow.ipynb #66756cf5
 def merge_and_verify(
     run: TrainedRun,  # a finished run with an adapter
@@ -204,42 +235,6 @@ def merge_and_verify(
     prompts = [encode_prompt(run.tokenizer, record, formatter_of(config)) for record in records]
     prompts = prompts or [row.input_ids[:64] for row in data.train_rows.rows[:n_prompts]]
     return verify_merge(run.model, run.folder.final_model, run.tokenizer, prompts)
-
-# %% ../nbs/62_workflow.ipynb #f53b5ac1
-def start_account(
-    folder: RunFolder,  # the run's folder, open
-    data: PreparedData,  # the run's rows
-    tokenizer,  # with its chat template
-) -> None:  # data_report.json, run.json, skipped_rows.jsonl
-    "Write what is known before the first step: a run that dies explains itself too"
-    folder.save_json("data_report.json", {**data.report.to_dict(), "ledger": data.ledger.to_dict()})
-    if data.skipped:
-        folder.save_text("skipped_rows.jsonl", b"".join(map(reject_line, data.skipped)).decode("utf-8"))
-    folder.update_json("run.json", data=data.fingerprint, overridden=data.overridden, machine=str(probe_machine()),
-                       template=template_fingerprint(tokenizer))
-
-# %% ../nbs/62_workflow.ipynb #75a53239
-def write_account(
-    result: FineTuned,  # a run that has ended, one way or another
-) -> None:  # files in the run's folder
-    "Write what explains a run: metrics, samples, plot, cards, passport"
-    folder, metrics = result.folder, {}
-    if result.comparison is not None:
-        metrics = {"base": result.comparison.base.scores, "tuned": result.comparison.tuned.scores,
-                   **result.comparison.to_dict()}
-        rows = result.comparison.samples(len(result.comparison.base.prompts))
-        folder.save_text("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if result.facts is not None:
-        metrics["facts_completed"] = dict(zip(("base", "tuned"), result.facts))
-    if result.merge_check is not None:
-        metrics["merge"] = result.merge_check.to_dict()
-    if result.status == "finished":
-        for kind, place in (("adapter", folder.adapter), ("model", folder.final_model)):
-            if place.is_dir():
-                RunFiles(place).save_text("README.md", model_card(result, kind))
-    folder.update_json("metrics.json", **metrics)
-    folder.update_json("run.json", notes=result.notes, complete=result.status == "finished")
-    folder.save_text("README.md", f"# {folder.path.name}\n\n{result._repr_markdown_()}\n")
 
 # %% ../nbs/62_workflow.ipynb #d2d90665
 def judge(
@@ -267,23 +262,28 @@ def judge(
         result.notes.append(f"`method` {config.method} puts positions before the text and changes no weight, so there "
                             "is nothing to merge: the run ends with its `adapter`, which is loaded with its base")
 
-# %% ../nbs/62_workflow.ipynb #4fb142c6
-def open_place(
-    config: FineTuningConfig,  # resolved settings
-    folder: RunFolder | None,  # None: named after task and data
-    rows: tuple,  # rows to learn from, to measure on
-    resume: str | int | None,  # None: a new run
-) -> RunFolder:  # open
-    "Open a run's folder, unless that would harm a run that lies there"
-    folder = folder or RunFolder.for_config(config)
-    if (Path(config.model_name) / "adapter_config.json").is_file():
-        raise FinetuningError(f"`model_name`: `{config.model_name}` is an adapter; name a whole model, such as the "
-                              "`final_model` that a run keeps beside its `adapter`")
-    if resume is not None and folder.load_json("run.json").get("complete"):
-        raise FinetuningError(f"`resume`: the run in `{folder.path}` is complete, and nothing in it was changed; "
-                              "to train again, choose another `output_dir`")
-    find_start(folder, resume, run_fingerprint(config, *rows), config.allow_drift)
-    return folder.open(resume)
+# %% ../nbs/62_workflow.ipynb #75a53239
+def write_account(
+    result: FineTuned,  # a run that has ended, one way or another
+) -> None:  # files in the run's folder
+    "Write what explains a run: metrics, samples, plot, cards, passport"
+    folder, metrics = result.folder, {}
+    if result.comparison is not None:
+        metrics = {"base": result.comparison.base.scores, "tuned": result.comparison.tuned.scores,
+                   **result.comparison.to_dict()}
+        rows = result.comparison.samples(len(result.comparison.base.prompts))
+        folder.save_text("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if result.facts is not None:
+        metrics["facts_completed"] = dict(zip(("base", "tuned"), result.facts))
+    if result.merge_check is not None:
+        metrics["merge"] = result.merge_check.to_dict()
+    if result.status == "finished":
+        for kind, place in (("adapter", folder.adapter), ("model", folder.final_model)):
+            if place.is_dir():
+                RunFiles(place).save_text("README.md", model_card(result, kind))
+    folder.update_json("metrics.json", **metrics)
+    folder.update_json("run.json", notes=result.notes, complete=result.status == "finished")
+    folder.save_text("README.md", f"# {folder.path.name}\n\n{result._repr_markdown_()}\n")
 
 # %% ../nbs/62_workflow.ipynb #3a8d5843
 def fine_tune(

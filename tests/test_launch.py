@@ -276,8 +276,9 @@ def trainer_for(folder, rows, batch, passes, packing=False):
     from finetuning_kit.profiles import demo_config
     from finetuning_kit.models import load_model, load_tokenizer
     from finetuning_kit.runs import RunFolder
-    from finetuning_kit.trainer import RunProgress, make_trainer
-    from finetuning_kit.training import add_lora
+    from finetuning_kit.trainer import make_trainer
+    from finetuning_kit.progress import RunProgress
+    from finetuning_kit.methods import add_lora
 
     config = demo_config(output_dir=str(folder), max_steps=3, per_device_train_batch_size=batch, packing=packing,
                          gradient_accumulation_steps=passes, max_grad_norm=1e9, logging_steps=1, device_map="cpu",

@@ -107,12 +107,12 @@ def test_weights_in_the_rows_count_for_virtual_tokens_too(word, rows, tmp_path):
 
 
 def test_packing_and_checkpointing_give_way_with_a_word(rows, tmp_path):
-    config = settings("prefix", tmp_path, packing=True, gradient_checkpointing=True, max_steps=1)
+    config = settings("prefix", tmp_path, packing=True, gradient_checkpointing=True, max_steps=1, warmup_steps=0)
     run = train(config, *rows)
     assert not run.config.training.packing and not run.config.training.gradient_checkpointing
     assert {note.split(":")[0] for note in run.notes} >= {"packing", "gradient_checkpointing"}
     for word in ("prompt", "ia3", "freeze"):
-        run = train(settings(word, tmp_path / word, gradient_checkpointing=True, max_steps=1), *rows)
+        run = train(settings(word, tmp_path / word, gradient_checkpointing=True, max_steps=1, warmup_steps=0), *rows)
         assert run.config.training.gradient_checkpointing and run.status == "finished"
 
 
@@ -120,7 +120,7 @@ def test_packing_and_checkpointing_give_way_with_a_word(rows, tmp_path):
                                   {"lora.trainable_token_indices": [3, 50, 60]}], ids=str)
 def test_both_ends_of_a_tied_model_stay_one_matrix(ends, rows, tmp_path):
     run = train(settings("lora", tmp_path, **ATTENTION, **ends), *rows)
-    assert "trained as one" in run.notes[-1]
+    assert any("trained as one" in note for note in run.notes)
     said, told = logits(run.model, rows), [e["eval_loss"] for e in run.history if "eval_loss" in e][-1]
     labels = torch.tensor([label for row in rows[1] for label in row.labels[1:] + [-100]])
     assert torch.nn.functional.cross_entropy(said, labels).item() == pytest.approx(told, abs=1e-4)
@@ -218,7 +218,7 @@ def test_full_and_merged_runs_leave_a_verified_model(tmp_path):
 
 @pytest.mark.parametrize("word, rate", [("prefix", 0.3), ("prompt", 0.1), ("p_tuning", 3e-3)])
 def test_answers_in_batches_are_those_of_one_by_one(word, rate, rows, tmp_path):
-    from finetuning_kit.evaluation import generate_answers
+    from finetuning_kit.asking import generate_answers
 
     run = train(settings(word, tmp_path, learning_rate=rate), rows[0])
     ids = [row.input_ids[: row.n_tokens - row.n_loss_tokens] for row in rows[1]]

@@ -11,7 +11,8 @@ from finetuning_kit.models import load_model, load_tokenizer, quiet_libraries
 from finetuning_kit.packing import check_packing, plan_packs
 from finetuning_kit.runs import RunFolder
 from finetuning_kit.tokens import encode_records, to_dataset
-from finetuning_kit.trainer import RunProgress, make_trainer, own_forward
+from finetuning_kit.trainer import make_trainer, own_forward
+from finetuning_kit.progress import RunProgress
 from finetuning_kit.speed import labelled_positions
 from finetuning_kit.training import train
 
