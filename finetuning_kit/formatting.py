@@ -24,8 +24,7 @@ from .config import DatasetFormat
 from .ledger import RowError
 from .records import Conversation, Message, TrainingSample, canonical_role
 from .settings import FinetuningError
-from .strict_json import Refused, StrictDecoder, find_bad_escape, find_deep, find_refused, kind_of
-from .decoding import LIMITS
+from .strict_json import LIMITS, Refused, StrictDecoder, find_bad_escape, find_deep, find_refused, kind_of
 
 # %% ../nbs/11_formatting.ipynb #91b08cc9
 @lru_cache(maxsize=1024)

@@ -307,7 +307,7 @@ def interrupts(
 
 # %% ../nbs/51_progress.ipynb #9407f9e2
 def peak_memory(
-) -> float:  # GiB; on a GPU what torch took at most, elsewhere what the process took; 0: not known
+) -> float:  # GiB: on a GPU what torch took, elsewhere the process; 0: not known
     "Measure the most memory that was in use so far."
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
@@ -340,5 +340,6 @@ def memory_guard(
         advice = ("set `gradient_checkpointing: true`" if size == 1 else
                   f"halve `per_device_train_batch_size` ({size}) and double `gradient_accumulation_steps` "
                   f"({t.gradient_accumulation_steps}): the steps stay the same")
-        raise FinetuningError(f"the memory is full (peak {peak_memory():.1f} GiB; batch {size}, length {config.max_seq_length}); "
+        raise FinetuningError(f"the memory is full (peak {peak_memory():.1f} GiB; batch {size}, length "
+                              f"{config.max_seq_length}); "
                               f"{advice}; or lower `max_seq_length`")

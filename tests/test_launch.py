@@ -153,8 +153,7 @@ def test_files_are_written_once(pair):
     extra = {name for name in names if "rng_state" in name}
     assert names - extra == {path.relative_to(one).as_posix() for path in one.rglob("*")
                              if "rng_state" not in path.name}
-    assert json.loads((two / "run.json").read_text())["notes"][-1] == (
-        "rows: 2 processes × 4 rows × 2 passes = 16 a step")
+    assert "rows: 2 processes × 4 rows × 2 passes = 16 a step" in json.loads((two / "run.json").read_text())["notes"]
 
 
 def test_a_stop_in_one_process_stops_all_and_resumes_exactly(tmp_path, pair):
