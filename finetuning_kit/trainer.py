@@ -324,7 +324,7 @@ def trainer_arguments(
     arguments = SFTConfig(
         **words, output_dir=str(folder.checkpoints), bf16=precision == "bf16", fp16=precision == "fp16",
         eval_strategy="steps" if evaluate and training.eval_strategy != "no" else "no",
-        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, max_length=None,
+        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, max_length=None, torch_compile=bool(training.torch_compile),
         dataset_kwargs={"skip_prepare_dataset": True}, logging_nan_inf_filter=False,
         report_to="none", disable_tqdm=True, log_level="error", log_level_replica="error")
     if arguments.n_gpu > 1:
