@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pack_length', 'packing_problem', 'row_edges', 'attend_to_row', 'attend_row_by_row', 'mask_row_by_row', 'row_by_row',
-           'packing_note', 'settle_packing', 'labelled_positions', 'fast_paths', 'settle_attention', 'settle_kernels',
-           'settle_speed']
+           'packing_note', 'settle_packing', 'cast_once', 'labelled_positions', 'fast_paths', 'settle_attention',
+           'settle_kernels', 'settle_speed']
 
 # %% ../nbs/53_speed.ipynb #ac673367
 from contextlib import ExitStack, contextmanager
@@ -21,6 +21,8 @@ from .processes import n_processes
 
 # %% ../nbs/53_speed.ipynb #407ed2c7
 import torch
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -154,6 +156,18 @@ def settle_packing(
         return config.replace(packing=False), [f"`packing` was switched off: {problem}"] if asked else []
     most = pack_length(config, rows, model.device.type == "cpu")
     return (config if asked else config.replace(packing=True)), [packing_note(config, rows, most)]
+
+# %% ../nbs/53_speed.ipynb #a6a707ef
+@contextmanager
+def cast_once(
+    model,  # a model under training
+    active: bool = True,  # whether it runs under autocast
+):
+    "Leave out PEFT's casts where autocast would undo them."
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    have_it = bool(layers) and all(hasattr(part, "cast_input_dtype_enabled") for part in layers)
+    with disable_input_dtype_casting(model, active and have_it):
+        yield
 
 # %% ../nbs/53_speed.ipynb #71b14135
 @contextmanager

@@ -27,7 +27,7 @@ from .processes import shards_weights, sum_over_processes, whole_weights
 from .progress import RunProgress, not_finite, spike_error, trainable_bytes, where_it_broke, write_weights
 from .runs import RunFolder, staged
 from .settings import FinetuningError
-from .speed import pack_length, packing_problem
+from .speed import cast_once, pack_length, packing_problem
 from .encoding import EncodedRow
 from .tokens import to_dataset
 
@@ -104,9 +104,10 @@ class WeightedTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Forward and backward through every pack of a batch."
-        packs = inputs.get("packs", [inputs])
+        packs, step = inputs.get("packs", [inputs]), super().training_step
         self.current_gradient_accumulation_steps *= len(packs)
-        return sum(super(WeightedTrainer, self).training_step(model, one, num_items_in_batch) for one in packs)
+        with cast_once(model, self.args.bf16 or self.args.fp16):
+            return sum(step(model, one, num_items_in_batch) for one in packs)
 
 # %% ../nbs/54_trainer.ipynb #465c8129
 class MeasuringTrainer(WeightedTrainer):
