@@ -284,7 +284,7 @@ def compose(
         for name in overruled(flat, asked):
             del asked[name]
         for name, value in flat.items():
-            meant_by = ("method", "freeze_ratio", "lora") if name == "method" else (name,)
+            meant_by = ("method", "freeze_ratio", "lora") if name == "method" else (name, "method")
             origins[name] = next((layer.origins[each] for each in meant_by if each in layer.origins), layer.words)
             asked[name], owner[name], former[name] = value, place, words.get(name)
     nested = {}
