@@ -73,15 +73,15 @@ NUMBER = r"[+]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 def parse_rate(
-    text: str,  # "2e-4", "1e-4 * 2", "1e-3 / 8", "10**-4", or "-4", which is short for it
+    text: str,  # "2e-4", "1e-4 * 2", "1e-3 / 8", "10**-4", or "-4", which is short for it (-2 to -9)
 ) -> float:  # the rate
     "Work out a learning rate that is written as a sum; nothing is ever evaluated as code"
-    power = re.fullmatch(r"(?:10\s*(?:\*\*|\^)\s*)?(-\d{1,2})", text.strip())
+    power = re.fullmatch(r"(?:10\s*(?:\*\*|\^)\s*)?(-[2-9])", text.strip())
     if power:
         return 10.0 ** int(power[1])
     if not re.fullmatch(rf"\s*{NUMBER}(?:\s*[*/]\s*{NUMBER})*\s*", text):
         raise FinetuningError(f"a rate must be a number such as 2e-4, a product or quotient such as 1e-4 * 2 or "
-                              f"1e-3 / 8, or a power such as 10**-4; got {text[:40]!r}")
+                              f"1e-3 / 8, or a power such as 10**-4 (short: -4); got {text[:40]!r}")
     rate = 1.0
     for sign, number in re.findall(rf"([*/]?)\s*({NUMBER})", text):
         if sign == "/" and not float(number):
@@ -127,7 +127,7 @@ class Schedule(Settings):
     @classmethod
     def _rate(cls, value):
         try:
-            return parse_rate(value) if isinstance(value, str) else value
+            return parse_rate(str(value)) if isinstance(value, str) or value in range(-9, -1) else value
         except FinetuningError as error:
             reason = str(error).removeprefix("a rate ")
             raise PydanticCustomError("value_error", reason, {"error": ValueError(reason)}) from None
@@ -265,8 +265,18 @@ def spelled_out(
     settings: dict,  # as given; `method` may be the word for a variant of LoRA
 ) -> dict:  # the same in settings
     "Say a variant of LoRA in settings"
-    word = str(settings.get("method", "")).lower().replace("-", "").replace("loraplus", "lora+")
-    return {**settings, "method": "lora", **VARIANTS[word]} if word in VARIANTS else settings
+    word = re.sub("lora_?plus", "lora+", str(settings.get("method") or "").lower().replace("-", "_"))
+    if word not in VARIANTS:
+        return {**settings, "method": word} if word in USUAL_RATE else settings
+    inner, meant = settings.get("lora"), {}
+    beside = {**settings, **(inner.given() if isinstance(inner, LoRAConfig) else inner or {})}
+    for name, value in VARIANTS[word].items():
+        given = beside.get(name, beside.get(name.rpartition(".")[2]))
+        if given is None:
+            meant[name] = value
+        elif str(given).lower() != str(value).lower() and word != "lora+":
+            raise FinetuningError(f"`method` {word} sets `{name}` to {value}, and it is given as {given}; keep one")
+    return {**settings, "method": "lora", **meant}
 
 
 class MethodSettings(RunSettings):
@@ -355,9 +365,8 @@ class FineTuningConfig(MethodSettings):
     def replace(self, **changes) -> "FineTuningConfig":
         "Return a copy with some settings changed; a method takes its own settings with it"
         changes = spelled_out(changes)
-        settled = {"lora": None} if changes.get("method") in USUAL_RATE else {}
-        keeps = changes.get("method") in ("lora", "adalora", None) or "lora" in changes
-        changed = super().replace(**({} if keeps else settled), **changes)
+        drops = changes.get("method") in USUAL_RATE.keys() - {"lora", "adalora"} and "lora" not in changes
+        changed = super().replace(**({"lora": None} if drops else {}), **changes)
         changed._renamed.update({**self._renamed, **old_names(type(self), changes)})
         return changed
 

@@ -328,7 +328,8 @@ def memory_guard(
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        is_full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        if not is_full and "can't allocate memory" not in str(error):
             raise
         full = str(error).split("\n")[0]
         traceback.clear_frames(error.__traceback__)  # the tensors of the failed attempt

@@ -205,6 +205,8 @@ def settle_attention(
     asked, half = config.training.attn_implementation, precision_of(config) != "fp32"
     capable = on_gpu and torch.cuda.get_device_capability()[0] >= 8
     here = find_spec("flash_attn") is not None
+    if asked == "flex_attention" and not on_gpu:
+        return "sdpa", "flex_attention is asked for, but it is trained on GPUs only"
     if asked not in ("auto", "flash_attention_2"):
         return asked, "asked for"
     if here and capable and half:

@@ -162,6 +162,8 @@ def open_run(
     if source:
         load_weights(model, source)
         notes.append(f"a warm start: the weights of `{source.name}`, with a new optimizer and a new schedule")
+    elif start.checkpoint is None and resume == "auto":
+        notes.append("`resume` is auto, and there is no checkpoint to go on from: the run starts anew")
     if start.drift:
         set_aside(folder, start.saved["step"])
     config, packed = settle_speed(config, model, rows[0])
@@ -250,6 +252,8 @@ def train(
         reports = Reports(run.config, run.folder, run.notes, on_event)
         progress = RunProgress(run.folder, reports, should_stop, saved, run.config.training)
         run.history = progress.history
+        for note in run.notes:
+            progress.emit("note", text=note)
         try:
             callbacks = [*callbacks, *watchers(run.config, run.tokenizer, rows[1], progress, run.notes)]
             run_loop(run, progress, rows, checkpoint, callbacks)

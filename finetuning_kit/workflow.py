@@ -36,6 +36,7 @@ from .encoding import RowView, show_row
 from .lengths import EncodedSet
 from .tokens import encode_prompt
 from .training import TrainedRun, train
+from .watching import tracked_rows
 
 # %% ../nbs/62_workflow.ipynb #e70e34c6
 def longest_answer(
@@ -182,6 +183,7 @@ def rehearse(
         config = config.replace(dataset=str(dataset))
     config, notes = resolve_config(config, tokenizer=tokenizer)
     data = prepare_data(config, tokenizer, dataset, eval_dataset)
+    tracked_rows(config, tokenizer)  # what cannot be followed is refused now
     notes, row_view = notes + data.notes, show_row(tokenizer, data.train_rows[0])
     if on_event is not None:
         on_event({"type": "stage", "name": "data", "config": config, "data": data, "row_view": row_view,
