@@ -13,7 +13,7 @@ import pytest
 from finetuning_kit.launch import CONFIGURATIONS, launch_command, launch_config
 
 RUN = """
-import os, sys
+import os, sys, time
 from dataclasses import replace
 from finetuning_kit.profiles import demo_config
 from finetuning_kit.loading import load_records
@@ -50,6 +50,7 @@ def stop():
 def hear(event):
     if event["type"] == "step":
         print(f"{process_index()}: {event['step']}", flush=True)
+        time.sleep(2 * (fault == "slow"))  # a launcher takes its time to pass a signal on
 
 
 with told_in_sentences():
@@ -178,7 +179,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(tmp_path, pair):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_the_launcher_ends_all_with_one_checkpoint(tmp_path, number):
-    process = start(tmp_path)
+    process = start(tmp_path, fault="slow")
     for line in process.stdout:
         if line.strip() == "0: 3":
             break
