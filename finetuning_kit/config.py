@@ -120,8 +120,8 @@ class Schedule(Settings):
 
     def resolved_warmup(self, n_rows: int, n_processes: int = 1) -> int:
         "Warm-up in optimizer steps for `n_rows` training rows, with so many processes"
-        share = math.ceil(self.total_steps(n_rows, n_processes) * self.warmup_steps)
-        return share if self.warmup_steps < 1 else int(self.warmup_steps)
+        total = self.total_steps(n_rows, n_processes)
+        return min(math.ceil(total * self.warmup_steps), total - 1) if self.warmup_steps < 1 else int(self.warmup_steps)
 
     @field_validator("learning_rate", mode="before")
     @classmethod
