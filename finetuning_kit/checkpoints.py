@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['STATE', 'WEIGHTS', 'READ', 'FREE_TO_CHANGE', 'METHOD', 'FIXED', 'PACKAGES', 'text_hash', 'seal_checkpoint',
+__all__ = ['STATE', 'WEIGHTS', 'READ', 'FREE_TO_CHANGE', 'METHOD', 'HASHED', 'FIXED', 'PACKAGES', 'text_hash', 'seal_checkpoint',
            'read_seal', 'missing_parts', 'checkpoint_damage', 'checkpoint_step', 'saved_checkpoints',
            'checkpoint_problem', 'newest_checkpoint', 'weights_only', 'find_checkpoint', 'base_fingerprint',
-           'rows_hash', 'run_fingerprint', 'drift_of', 'allowed_drift', 'check_same_run', 'library_versions', 'Start',
-           'find_start', 'warm_weights', 'score_of', 'best_steps', 'evals_since_best', 'checkpoints_to_drop',
-           'set_aside', 'drop_checkpoints']
+           'rows_hash', 'run_fingerprint', 'drift_of', 'drift_words', 'allowed_drift', 'check_same_run',
+           'library_versions', 'Start', 'find_start', 'warm_weights', 'score_of', 'best_steps', 'evals_since_best',
+           'checkpoints_to_drop', 'set_aside', 'drop_checkpoints']
 
 # %% ../nbs/50_checkpoints.ipynb #f5f35731
 from .config import FineTuningConfig, names_from
 from .models import cached_file, pocket_model_path
 from .processes import n_processes
 from .runs import RunFolder, file_hash, is_warm, sync_folder
-from .settings import FinetuningError
+from .settings import FinetuningError, value_text
 
 # %% ../nbs/50_checkpoints.ipynb #c59aff0a
 STATE = {"optimizer.": "the optimizer's moments", "scheduler.pt": "the schedule", "rng_state": "the random states",
@@ -165,11 +165,13 @@ def find_checkpoint(
     "Find the checkpoint that a run shall go on from."
     if resume is None or resume == "auto":
         return newest_checkpoint(folder) if resume else (None, [])
-    path = Path(str(resume))
+    path, have = Path(str(resume)), ", ".join(item.name for item in saved_checkpoints(folder)) or "none"
+    if not str(resume).strip() or (path / "checkpoints").is_dir():
+        what = f"`{resume}` is a run's folder" if str(resume).strip() else "it is empty"
+        raise FinetuningError(f"`resume`: {what}; write auto, or name a checkpoint or its step; the run has {have}")
     if not path.is_dir():
         path = folder.checkpoints / f"checkpoint-{checkpoint_step(resume)}"
     if not path.is_dir():
-        have = ", ".join(item.name for item in saved_checkpoints(folder)) or "none"
         raise FinetuningError(f"`resume`: there is no checkpoint {str(resume)!r}; the run has {have}")
     damage = checkpoint_damage(path)
     if damage:
@@ -229,7 +231,7 @@ def run_fingerprint(
     base = {"model_name": Path(config.model_name).name, "base_weights": base_fingerprint(config.model_name),
             "n_processes": n_processes()}
     method = {name: settings[name] for name in METHOD}
-    return {**base, **method, **rows, **training, **(settings["lora"] or {"lora": None})}
+    return {**base, **method, **training, **(settings["lora"] or {"lora": None}), **rows}
 
 
 def drift_of(
@@ -242,17 +244,29 @@ def drift_of(
         changed.pop("base_weights")
     return changed
 
+# %% ../nbs/50_checkpoints.ipynb #6f53b82b
+HASHED = ("base_weights", "train_rows", "eval_rows")  # of these a fingerprint knows only whether they are the same
+
+
+def drift_words(
+    drift: dict,  # setting -> [old, new]
+) -> list[str]:  # a clause for each; where the method differs, that alone
+    "Say what differs between two halves of a run."
+    told = {"method": drift["method"]} if "method" in drift else drift
+    return [f"`{name}` are not the same" if name in HASHED else
+            f"`{name}` was {value_text(old)} and is {value_text(new)}" for name, (old, new) in told.items()]
+
 # %% ../nbs/50_checkpoints.ipynb #56b15837
 FIXED = {"model_name", "base_weights", "load_in_4bit", "optim", *METHOD[:4], "lora", "r", "target_modules", "bias",
          "modules_to_save", "trainable_token_indices", "use_dora", "init_lora_weights"}  # they shape what was saved
 
 
 def allowed_drift(
-    allow_drift: str | None,  # names with commas between them
+    allow_drift: str | None,  # names with commas between them, with or without their group
     known: dict,  # a fingerprint: the names that there are
 ) -> set[str]:  # names that may differ
     "Read `allow_drift`; a name that nothing is called, or that cannot drift, is refused."
-    names = names_from(allow_drift) or []
+    names = [name.rpartition(".")[2] for name in names_from(allow_drift) or []]  # "lora.r" as "r"
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -273,7 +287,7 @@ def check_same_run(
     saved = read_seal(checkpoint) or {}
     allowed = allowed_drift(allow_drift, fingerprint)
     drift = drift_of(saved.get("fingerprint", {}), fingerprint)
-    changed = [f"`{name}` was {old} and is {new}" for name, (old, new) in drift.items() if name not in allowed]
+    changed = drift_words({name: values for name, values in drift.items() if name not in allowed})
     if changed:
         can = [name for name in drift if name not in FIXED]
         advice = f", or allow it: `allow_drift` set to \"{', '.join(can)}\"" if len(can) == len(drift) else ""
@@ -316,8 +330,7 @@ def find_start(
     warm_weights(resume)
     checkpoint, notes = find_checkpoint(folder, None if is_warm(resume) else resume)
     saved, drift = check_same_run(checkpoint, fingerprint, allow_drift) if checkpoint else ({}, {})
-    notes += [f"`{name}` was {old} up to step {saved['step']} and is {new} from there on (`allow_drift`)"
-              for name, (old, new) in drift.items()]
+    notes += [f"up to step {saved['step']} {words} from there on (`allow_drift`)" for words in drift_words(drift)]
     now = library_versions()
     notes += [f"{name} was {old} up to step {saved['step']} and is {now.get(name, 'missing')} now: the same run to "
               "rounding, no longer to the byte" for name, old in saved.get("versions", {}).items()
@@ -336,8 +349,10 @@ def warm_weights(
     if not any((path / name).is_file() for name in WEIGHTS):
         if not must:
             return None
-        raise FinetuningError(f"`resume`: `{path}` has no weights in safetensors ({', '.join(WEIGHTS[:2])}); "
-                              "name the folder of a checkpoint, an adapter or a model")
+        inside = [file.parent.name for name in WEIGHTS for file in path.glob(f"*/{name}")]
+        advice = f"name `{path / inside[0]}`" if inside else "name the folder of a checkpoint, an adapter or a model"
+        lacks = f"has no weights in safetensors ({', '.join(WEIGHTS[:2])})" if path.is_dir() else "is no folder"
+        raise FinetuningError(f"`resume`: `{path}` {lacks}; {advice}")
     return path
 
 # %% ../nbs/50_checkpoints.ipynb #33791d68

@@ -104,12 +104,13 @@ def add_train(
     add_flags(parser)
 
 # %% ../nbs/66_cli.ipynb #2eb45bac
-DRY = ("nothing was trained and nothing written; names of layers and --resume are judged when the model is loaded; "
-       "the same line without --dry-run trains")
+DRY = ("nothing was trained and nothing written; names of layers, and whether a checkpoint has the same settings, are "
+       "judged when the model is loaded; the same line without --dry-run trains")
 
 
 def dry_run(
     composed,  # a `Composed`: config, origins, notices
+    resume: str | None = None,  # where the run would go on
 ) -> int:  # 0, or 1 where the rows have warnings
     "Show what a run would do, by the code that does it; nothing is trained and nothing written"
     from finetuning_kit.machine import resolve_config
@@ -120,7 +121,7 @@ def dry_run(
     screen.show_settings(composed.settled(resolve_config(composed.config, tokenizer=tokenizer)[0]))
     for notice in composed.notices:
         screen.careful(notice)
-    _, data, *_ = rehearse(composed.config, tokenizer, on_event=screen)
+    _, data, *_ = rehearse(composed.config, tokenizer, resume=resume, on_event=screen)
     screen.line("dry run", DRY)
     return min(1, data.report.exit_code)
 
@@ -134,7 +135,7 @@ def run_train(
     layers = layers_of(options)
     composed = compose(layers)
     if options.get("dry_run"):
-        return dry_run(composed)
+        return dry_run(composed, options.get("resume"))
     from finetuning_kit.workflow import fine_tune
 
     screen = RunScreen()

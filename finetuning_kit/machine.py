@@ -7,6 +7,7 @@ __all__ = ['Machine', 'cpu_has_bf16', 'gpu_problem', 'cpu_of', 'probe_machine', 
            'has_bitsandbytes', 'settle_four_bit', 'settle_text', 'settle_device', 'resolve_config']
 
 # %% ../nbs/29_machine.ipynb #faf5dd77
+import re
 from dataclasses import dataclass, replace
 
 # %% ../nbs/29_machine.ipynb #939ade76
@@ -169,6 +170,9 @@ def settle_device(
     notes, wanted = [machine.note] if machine.note else [], config.device_map
     if wanted == "cpu":
         return (machine if machine.device == "cpu" else cpu_of(machine)), notes
+    if not re.fullmatch(r"auto|cuda(:\d+)?", wanted):
+        raise FinetuningError("`device_map` must be auto, cpu, cuda or cuda with a number such as cuda:0, "
+                              f"got {wanted!r}")
     if wanted != "auto" and machine.device == "cpu":
         raise FinetuningError(f"`device_map` is {wanted!r}, but no usable GPU is here; use \"auto\" or \"cpu\"")
     if machine.n_gpus > 1 and machine.device != "cpu" and wanted == "auto" and n_processes() == 1:

@@ -154,6 +154,8 @@ def get_training_args(
 ):  # a TRL `SFTConfig`; pass it an evaluation set too, for it evaluates after every epoch
     "Make TRL's arguments from `training_profile`, in the precision that this machine has"
     profile = training_profile(model_size, dataset_size)
+    if not output_dir:
+        raise FinetuningError(f"`output_dir` must name a folder for checkpoints, got {output_dir!r}")
     import torch
     from trl import SFTConfig
 

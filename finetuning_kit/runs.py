@@ -17,7 +17,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog', 'RunFolder',
-           'end_line', 'is_warm', 'open_folder', 'plot_loss']
+           'end_line', 'is_warm', 'open_folder']
 
 # %% ../nbs/48_runs.ipynb #929cef92
 from .config import FineTuningConfig
@@ -258,28 +258,3 @@ def open_folder(
     advice = "; to go on with it, set `resume` to auto" if is_run else ""
     raise FinetuningError(f"`output_dir`: the folder `{folder.path}` already holds {what}; "
                           f"nothing in it was changed; choose another `output_dir`{advice}")
-
-# %% ../nbs/48_runs.ipynb #c5e58d07
-def plot_loss(
-    history: list[dict],  # entries with `step` and `loss` or `eval_loss`
-    n_steps: int | None = None,  # steps planned: room is left for those to come; None: the history alone
-    width: float = 6.4,  # inches
-):  # a matplotlib Figure
-    "Draw the losses of a run."
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 2.7), layout="constrained")
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training", {"color": "#3b6fb5", "lw": 1.6}),
-                               ("eval_loss", "held out", {"color": "#d1662f", "lw": 1.2, "marker": "o", "ms": 4})):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points), label=f"{label} {points[-1][1]:.3f}", clip_on=False, **style)
-    last = max((entry["step"] for entry in history), default=1)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None),
-             xlim=(0, min(n_steps or last, 1.25 * last)))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if axes.lines:
-        axes.legend(frameon=False, loc="best")
-    return figure

@@ -147,7 +147,7 @@ def explain_problem(
     "Say what is wrong with one setting, what is allowed, and what to do"
     path, kind = tuple(problem["loc"]), problem["type"]
     written = problem.get("written", path)
-    key = f"`{'.'.join(map(str, written))}`" if written else ""
+    key = f"`{'.'.join(str(part) for part in written if not isinstance(part, int))}`" if written else ""
     if kind in UNKNOWN_KEY:
         return f"unknown key {key}; {suggestion(model, path)}"
     if kind == "value_error":

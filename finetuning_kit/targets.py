@@ -158,8 +158,11 @@ class TrainedParts:
     count: ParameterCount  # of the whole model
 
     def __str__(self):
-        return ", ".join(name if "virtual" in name else f"{name}: {n} layer{'s' * (n > 1)}"
-                         for name, (n, _) in self.parts.items())
+        by_count = {}
+        for name, (n, _) in self.parts.items():
+            by_count.setdefault(0 if "virtual" in name else n, []).append(name)
+        return "; ".join(", ".join(names) + (f" ({n} layer{'s' * (n > 1)}{' each' * (len(names) > 1)})" if n else "")
+                         for n, names in by_count.items())
 
     def _repr_markdown_(self):
         rows = [(f"`{name}`", n, f"{size:,}") for name, (n, size) in self.parts.items()]

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -107,7 +108,7 @@ def questions_of(
     return found
 
 # %% ../nbs/55_watching.ipynb #6d8645ec
-class Watcher(TrainerCallback):
+class Watcher(TrainerCallback, ABC):
     "Looks at the model before the first step, at each evaluation, and at the end"
 
     def __init__(
@@ -116,9 +117,9 @@ class Watcher(TrainerCallback):
     ):
         self.progress, self.looked_at = progress, None
 
+    @abstractmethod
     def look(self, model, step, metrics):
         "What to do; numbers put into `metrics` can choose the best checkpoint"
-        raise NotImplementedError
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         "Look at the base"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USE', 'ATTACH', 'LAYOUT', 'longest_answer', 'measure', 'template_fingerprint', 'public_name', 'card_settings',
-           'model_card', 'FineTuned', 'rehearse', 'start_account', 'open_place', 'merge_and_verify', 'judge',
-           'write_account', 'fine_tune', 'demo']
+           'model_card', 'FineTuned', 'check_place', 'rehearse', 'start_account', 'open_place', 'merge_and_verify',
+           'judge', 'write_account', 'fine_tune', 'demo']
 
 # %% ../nbs/62_workflow.ipynb #564d5209
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/62_workflow.ipynb #5233f83a
-from .checkpoints import find_start, run_fingerprint
+from .checkpoints import find_checkpoint, find_start, run_fingerprint, warm_weights
 from .cockpit import free_folder
 from .config import FineTuningConfig
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
@@ -169,6 +169,23 @@ LAYOUT = {
     "run.json": "versions, machine, data, notes", "events.jsonl": "everything that happened, a line each",
     "data_report.json": "what the check of the rows found", "skipped_rows.jsonl": "rows left out for their errors"}
 
+# %% ../nbs/62_workflow.ipynb #013b4b03
+def check_place(
+    config: FineTuningConfig,  # what to do
+    folder: RunFolder | None = None,  # None: named after task and data
+    resume: str | int | None = None,  # None: a new run
+) -> None:  # raises
+    "Refuse at once what would be refused after all the rows were read: a base, or a place to go on from"
+    folder = folder or RunFolder.for_config(config)
+    if (Path(config.model_name) / "adapter_config.json").is_file():
+        raise FinetuningError(f"`model_name`: `{config.model_name}` is an adapter; name a whole model, such as the "
+                              "`final_model` that a run keeps beside its `adapter`")
+    if resume not in (None, "auto") and warm_weights(resume) is None:
+        find_checkpoint(folder, resume)
+    if resume is not None and folder.load_json("run.json").get("complete"):
+        raise FinetuningError(f"`resume`: the run in `{folder.path}` is complete, and nothing in it was changed; "
+                              "to train again, choose another `output_dir`")
+
 # %% ../nbs/62_workflow.ipynb #209c6d48
 def rehearse(
     config: FineTuningConfig,  # what to do; whatever it leaves open is settled for this machine
@@ -176,11 +193,14 @@ def rehearse(
     dataset=None,  # training rows, in any form that `read_rows` takes; None: `config.dataset`
     eval_dataset=None,  # held-out rows alike; None: `config.eval_dataset`, or a share of the rows
     *,
+    folder: RunFolder | None = None,  # None: named after task and data
+    resume: str | int | None = None,  # where the run would go on; None: a new run
     on_event: Callable | None = None,  # called with what was found
 ) -> tuple:  # settled config, prepared rows, one row token by token, notes
     "Do everything of a run that comes before its model is loaded; nothing is written"
     if isinstance(dataset, (str, Path)):
         config = config.replace(dataset=str(dataset))
+    check_place(config, folder, resume)
     config, notes = resolve_config(config, tokenizer=tokenizer)
     data = prepare_data(config, tokenizer, dataset, eval_dataset)
     tracked_rows(config, tokenizer)  # what cannot be followed is refused now
@@ -210,14 +230,8 @@ def open_place(
     rows: tuple,  # rows to learn from, to measure on
     resume: str | int | None,  # None: a new run
 ) -> RunFolder:  # open
-    "Open a run's folder, unless that would harm a run that lies there"
+    "Open a run's folder, unless that would go on with another run"
     folder = folder or RunFolder.for_config(config)
-    if (Path(config.model_name) / "adapter_config.json").is_file():
-        raise FinetuningError(f"`model_name`: `{config.model_name}` is an adapter; name a whole model, such as the "
-                              "`final_model` that a run keeps beside its `adapter`")
-    if resume is not None and folder.load_json("run.json").get("complete"):
-        raise FinetuningError(f"`resume`: the run in `{folder.path}` is complete, and nothing in it was changed; "
-                              "to train again, choose another `output_dir`")
     find_start(folder, resume, run_fingerprint(config, *rows), config.allow_drift)
     return folder.open(resume)
 
@@ -302,7 +316,8 @@ def fine_tune(
     on_event = on_event if is_main_process() else None
     tell = on_event or (lambda event: None)
     tokenizer = load_tokenizer(config.model_name)
-    config, data, row_view, notes = rehearse(config, tokenizer, dataset, eval_dataset, on_event=on_event)
+    config, data, row_view, notes = rehearse(config, tokenizer, dataset, eval_dataset, folder=folder, resume=resume,
+                                             on_event=on_event)
     rows = (data.train_rows.rows, data.eval_rows.rows)
     join_processes(on_cpu=config.device_map == "cpu")
     folder = open_place(config, folder, rows, resume)

@@ -191,7 +191,7 @@ def test_default_layers_give_way_to_the_models_own():
 
     config = FineTuningConfig(model_name="x", load_in_4bit=False)
     model, notes = prepare_method(config, gpt2(n_layer=1, n_embd=32, n_head=2))
-    assert notes[0] == "lora on c_attn: 1 layer, c_proj: 2 layers" and "own attention layers were taken" in notes[1]
+    assert notes[0] == "lora on c_attn (1 layer); c_proj (2 layers)" and "own attention layers were taken" in notes[1]
     with pytest.raises(FinetuningError, match="no layer of this model is called; it has c_attn"):
         add_lora(gpt2(n_layer=1, n_embd=32, n_head=2), demo_config(**ATTENTION).lora)
 
