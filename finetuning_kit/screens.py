@@ -150,8 +150,8 @@ class LoopScreen(Screen):
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             return
         bar = 8 if self.console.width < 100 else 24
-        self.room = self.console.width - bar - 15  # beside title and bar
-        columns = TextColumn("  [bold cyan]train    "), BarColumn(bar), TextColumn("{task.description}", markup=False)
+        self.room = self.console.width - bar - 16  # beside title and bar
+        columns = TextColumn("  [bold cyan]train     "), BarColumn(bar), TextColumn("{task.description}", markup=False)
         self.progress = Progress(*columns, console=self.console)
         self.task = self.progress.add_task("", total=event["n_steps"], completed=event["step"])
         self.progress.start()
