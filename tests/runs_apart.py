@@ -146,6 +146,7 @@ def listener(plan):
 def work(output_dir, changes, plan):
     "One run; what it says lies beside its folder."
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     if "die_at_call" in plan:
         die_at_call(*plan["die_at_call"])
     if "fault" in plan:

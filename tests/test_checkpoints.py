@@ -15,7 +15,7 @@ from finetuning_kit.checkpoints import check_same_run, find_checkpoint, library_
 from finetuning_kit.checkpoints import seal_checkpoint
 from finetuning_kit.cli import end_of
 from finetuning_kit.runs import RunFolder
-from finetuning_kit.settings import FinetuningError
+from finetuning_kit.settings import FinetuningError, value_text
 from tests.runs_apart import ROWS, go_on, kill_at_random, left, run_apart, settings
 
 
@@ -158,7 +158,7 @@ def test_a_drift_is_refused_with_old_and_new_or_allowed_and_told(half, name):
     new = run_fingerprint(settings(half, {name: DRIFTS[name]}), *rows)
     checkpoint = half / "instruct_pocket" / "checkpoints" / "checkpoint-4"
     old = run_fingerprint(config, *rows)[name]
-    with pytest.raises(FinetuningError, match=rf"`{name}` was {old} and is {new[name]}"):
+    with pytest.raises(FinetuningError, match=rf"`{name}` was {value_text(old)} and is {value_text(new[name])}"):
         check_same_run(checkpoint, new)
     assert check_same_run(checkpoint, new, name)[1] == {name: [old, new[name]]}
 
@@ -177,7 +177,7 @@ def test_rows_that_changed_are_refused_or_allowed_and_the_run_keeps_a_record(bro
     outcome = go_on(broken, {"learning_rate": 1e-4}, rows_to=36)
     assert outcome.code == 1 and "`learning_rate` was" in outcome.complaint
     assert "`train_rows` are not the same" in outcome.complaint
-    assert "allow it: `allow_drift` set to \"train_rows, learning_rate\"" in outcome.complaint
+    assert "allow it: `allow_drift` set to \"learning_rate, train_rows\"" in outcome.complaint
     outcome = go_on(broken, {"learning_rate": 1e-4, "allow_drift": "learning_rate, train_rows"}, rows_to=36)
     assert outcome.status == "finished" and left(outcome.folder) != left(unbroken)
     [drift] = record(outcome.folder)["drift"]
@@ -208,7 +208,7 @@ def test_a_folder_that_holds_a_run_is_refused_to_another(broken):
 def test_another_base_under_the_same_name_is_refused(half):
     rows = (ROWS[:40], ROWS[40:])
     new = {**run_fingerprint(settings(half, {}), *rows), "base_weights": "0123456789abcdef"}
-    with pytest.raises(FinetuningError, match="`base_weights` was .* and is 0123456789abcdef"):
+    with pytest.raises(FinetuningError, match="`base_weights` are not the same"):
         check_same_run(half / "instruct_pocket" / "checkpoints" / "checkpoint-4", new)
 
 
