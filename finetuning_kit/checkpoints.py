@@ -330,7 +330,7 @@ def find_start(
     warm_weights(resume)
     checkpoint, notes = find_checkpoint(folder, None if is_warm(resume) else resume)
     saved, drift = check_same_run(checkpoint, fingerprint, allow_drift) if checkpoint else ({}, {})
-    notes += [f"up to step {saved['step']} {words} from there on (`allow_drift`)" for words in drift_words(drift)]
+    notes += [f"{words}, from step {saved['step']} on (`allow_drift`)" for words in drift_words(drift)]
     now = library_versions()
     notes += [f"{name} was {old} up to step {saved['step']} and is {now.get(name, 'missing')} now: the same run to "
               "rounding, no longer to the byte" for name, old in saved.get("versions", {}).items()
