@@ -182,7 +182,8 @@ def test_rows_that_changed_are_refused_or_allowed_and_the_run_keeps_a_record(bro
     assert outcome.status == "finished" and left(outcome.folder) != left(unbroken)
     [drift] = record(outcome.folder)["drift"]
     assert (drift["step"], drift["learning_rate"]) == (4, [0.002, 0.0001])
-    assert any("`learning_rate` was 0.002 and is 0.0001, from step 4 on" in note for note in record(outcome.folder)["notes"])
+    told = "`learning_rate` was 0.002 and is 0.0001, from step 4 on"
+    assert any(told in note for note in record(outcome.folder)["notes"])
     rates = [entry["learning_rate"] for entry in left(outcome.folder)[0] if "learning_rate" in entry]
     assert rates[0] > 1e-3 and rates[-1] <= 1e-4  # the new rate is the one that is used
 
