@@ -115,13 +115,13 @@ def dry_run(
     "Show what a run would do, by the code that does it; nothing is trained and nothing written"
     from finetuning_kit.machine import resolve_config
     from finetuning_kit.models import load_tokenizer
-    from finetuning_kit.workflow import rehearse
+    from finetuning_kit.workflow import prepare_run
 
     screen, tokenizer = DryScreen(), load_tokenizer(composed.config.model_name)
     screen.show_settings(composed.settled(resolve_config(composed.config, tokenizer=tokenizer)[0]))
     for notice in composed.notices:
         screen.careful(notice)
-    _, data, *_ = rehearse(composed.config, tokenizer, resume=resume, on_event=screen)
+    _, data, *_ = prepare_run(composed.config, tokenizer, resume=resume, on_event=screen)
     screen.line("dry run", DRY)
     return min(1, data.report.exit_code)
 

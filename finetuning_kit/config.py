@@ -163,21 +163,19 @@ class Computation(Lookout):
     "How the numbers are worked out"
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit"] = knob(
         "adamw_torch_fused", "the optimizer", fold=True)
-    weight_decay: float = knob(0.0, "pull of the trained weights towards zero", ge=0, slider=[0, 0.3], step=0.01,
-                               fold=True)
-    max_grad_norm: float = knob(1.0, "longest gradient allowed; a longer one is shortened", ge=0, slider=[0, 5],
-                                step=0.1, fold=True)
+    weight_decay: float = knob(0.0, "pull of the weights towards zero", ge=0, slider=[0, 0.3], step=0.01, fold=True)
+    max_grad_norm: float = knob(1.0, "longest gradient; others are cut", ge=0, slider=[0, 5], step=0.1, fold=True)
     on_spike: Literal["stop", "warn"] = knob(
         "stop", "when gradient and loss jump together: stop before the step, or warn and go on", fold=True)
     packing: bool | None = knob(None, "several short rows in one, each seeing itself alone: less padding; none: where "
                                 "it is safe and pays", fold=True)
+    auto_batch: bool = knob(False, "when the memory is full: go on with fewer rows in more passes", fold=True)
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, slower", fold=True)
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = knob(
         "auto", "how attention is computed", fold=True)
     use_liger_kernel: bool | None = knob(None, "Liger's fused kernels; none: on a GPU that has them", fold=True)
     torch_compile: bool | None = knob(None, "compile the model; none: only where it was measured to pay", fold=True)
-    per_device_eval_batch_size: int = knob(4, "rows in one forward pass of an evaluation", ge=1, slider=[1, 64],
-                                           fold=True)
+    per_device_eval_batch_size: int = knob(4, "rows in one pass of an evaluation", ge=1, slider=[1, 64], fold=True)
     dataloader_num_workers: int = knob(0, "processes that prepare batches", ge=0, also=["num_workers"], fold=True)
     fp16: bool = knob(False, "compute in half precision (older GPUs)", fold=True)
     bf16: bool = knob(True, "compute in bfloat16 (newer GPUs)", fold=True)
@@ -313,8 +311,9 @@ def settle_method(
             raise ValueError(f"`method` {method} has no use for `lora` (given: {', '.join(config.lora.given())}); "
                              "leave one out")
         values["lora"] = None
-    if config.freeze_ratio and method != "freeze":
-        raise ValueError(f"`freeze_ratio` belongs to `method` freeze, got {method}; leave one out")
+    for name, fits in (("freeze_ratio", ["freeze"]), ("num_virtual_tokens", ["prefix", "prompt", "p_tuning"])):
+        if getattr(config, name) != type(config).model_fields[name].default and method not in fits:
+            raise ValueError(f"`{name}` belongs to `method` {' or '.join(fits)}, got {method}; leave one out")
     if method == "freeze" and config.freeze_ratio is None:
         values["freeze_ratio"] = 0.7
     start = config.lora.init_lora_weights if config.lora else "default"

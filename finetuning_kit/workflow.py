@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USE', 'ATTACH', 'LAYOUT', 'longest_answer', 'measure', 'template_fingerprint', 'public_name', 'card_settings',
-           'model_card', 'FineTuned', 'check_place', 'rehearse', 'start_account', 'open_place', 'merge_and_verify',
+           'model_card', 'FineTuned', 'check_place', 'prepare_run', 'start_account', 'open_place', 'merge_and_verify',
            'judge', 'write_account', 'fine_tune', 'demo']
 
 # %% ../nbs/62_workflow.ipynb #564d5209
@@ -187,7 +187,7 @@ def check_place(
                               "to train again, choose another `output_dir`")
 
 # %% ../nbs/62_workflow.ipynb #209c6d48
-def rehearse(
+def prepare_run(
     config: FineTuningConfig,  # what to do; whatever it leaves open is settled for this machine
     tokenizer,  # the base model's
     dataset=None,  # training rows, in any form that `read_rows` takes; None: `config.dataset`
@@ -316,7 +316,7 @@ def fine_tune(
     on_event = on_event if is_main_process() else None
     tell = on_event or (lambda event: None)
     tokenizer = load_tokenizer(config.model_name)
-    config, data, row_view, notes = rehearse(config, tokenizer, dataset, eval_dataset, folder=folder, resume=resume,
+    config, data, row_view, notes = prepare_run(config, tokenizer, dataset, eval_dataset, folder=folder, resume=resume,
                                              on_event=on_event)
     rows = (data.train_rows.rows, data.eval_rows.rows)
     join_processes(on_cpu=config.device_map == "cpu")
