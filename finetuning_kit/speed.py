@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['pack_length', 'packing_problem', 'row_edges', 'attend_to_row', 'attend_row_by_row', 'mask_row_by_row', 'row_by_row',
-           'packing_note', 'settle_packing', 'cast_once', 'labelled_positions', 'fast_paths', 'settle_attention',
-           'settle_kernels', 'settle_speed']
+           'packing_note', 'settle_packing', 'cast_once', 'LabelScores', 'labelled_positions', 'fast_paths',
+           'settle_attention', 'settle_kernels', 'settle_speed']
 
 # %% ../nbs/53_speed.ipynb #ac673367
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 # %% ../nbs/53_speed.ipynb #2665f467
 from .config import FineTuningConfig
@@ -169,20 +170,62 @@ def cast_once(
     with disable_input_dtype_casting(model, active and have_it):
         yield
 
+# %% ../nbs/53_speed.ipynb #8ddc8c00
+class LabelScores(torch.autograd.Function):
+    "Log-probabilities of the labels, with their gradient worked out on the way forward."
+
+    @staticmethod
+    def forward(
+        ctx,  # keeps the gradient
+        hidden: torch.Tensor,  # [tokens, d]: what goes into the head
+        weight: torch.Tensor,  # [vocab, d]: the head, which is not trained
+        targets: torch.Tensor,  # [tokens]: labels
+        scale: float,  # of the logits
+    ) -> tuple:  # log-probabilities, entropies, whether the label is the likeliest; each [tokens]
+        "Score a piece of the tokens after another, so that the scores of the vocabulary fit the processor's cache."
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        weight, found = weight.to(dtype), []
+        for part, labels in zip(*(x.split(max(1, 2**23 // len(weight))) for x in (hidden.to(dtype), targets))):
+            scores = (part @ weight.t()).float() * scale
+            highest, likeliest = scores.max(-1, keepdim=True)
+            scores -= highest
+            own, shares = scores.gather(-1, labels[:, None])[:, 0], scores.exp()
+            total = shares.sum(-1)
+            entropy = total.log() - (shares * scores).sum(-1) / total
+            pull = (weight[labels] - shares.to(dtype) @ weight / total[:, None]).to(hidden.dtype) * scale
+            found.append((own - total.log(), entropy, likeliest[:, 0] == labels, pull))
+        log_probs, entropy, is_top1, gradient = map(torch.cat, zip(*found))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        "Scale the gradient that is there."
+        return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), None, None, None
+
 # %% ../nbs/53_speed.ipynb #71b14135
 @contextmanager
 def labelled_positions():
-    "Let TRL compute the output head only where the loss looks, on a CPU too."
-    name = "_use_triton"  # TRL's switch between scoring labelled and all positions
-    before = getattr(trl_utils, name, None)
-    if before is None:
+    "Let TRL compute the output head only where the loss looks, on a CPU too, and in our way there."
+    on_gpu, scores = (getattr(trl_utils, name, None) for name in ("_use_triton", "_ChunkedLogProbFunction"))
+    if on_gpu is None or scores is None:  # another TRL, which does it in another way
         yield
         return
-    setattr(trl_utils, name, lambda device: device.type == "cpu" or before(device))
+
+    def apply(hidden, weight, bias, targets, temperature, size, softcap, scale, outputs):
+        plain = bias is None and softcap is None and set(outputs) <= {"entropy", "is_top1"}
+        if hidden.device.type != "cpu" or weight.requires_grad or not plain:
+            return scores.apply(hidden, weight, bias, targets, temperature, size, softcap, scale, outputs)
+        log_probs, entropy, is_top1 = LabelScores.apply(hidden, weight, targets, scale / temperature)
+        return log_probs, entropy, None, None, is_top1
+
+    trl_utils._use_triton = lambda device: device.type == "cpu" or on_gpu(device)  # score the labelled positions only
+    trl_utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
     try:
         yield
     finally:
-        setattr(trl_utils, name, before)
+        trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = on_gpu, scores
 
 
 @contextmanager
