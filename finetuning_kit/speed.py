@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['pack_length', 'packing_problem', 'row_edges', 'attend_to_row', 'attend_row_by_row', 'mask_row_by_row', 'row_by_row',
-           'packing_note', 'settle_packing', 'cast_once', 'LabelScores', 'labelled_positions', 'fast_paths',
-           'settle_attention', 'settle_kernels', 'settle_speed']
+           'packing_note', 'settle_packing', 'cast_once', 'LabelScores', 'label_scores', 'labelled_positions',
+           'fast_paths', 'settle_attention', 'settle_kernels', 'settle_speed']
 
 # %% ../nbs/53_speed.ipynb #ac673367
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -205,6 +206,26 @@ class LabelScores(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), None, None, None
 
 # %% ../nbs/53_speed.ipynb #71b14135
+def label_scores(
+    otherwise,  # TRL's own function, for what is not done here
+    hidden: torch.Tensor,  # [tokens, d]
+    weight: torch.Tensor,  # [vocab, d]
+    bias: torch.Tensor | None,  # [vocab]
+    targets: torch.Tensor,  # [tokens]
+    temperature: float,  # the logits are divided by it
+    size: int,  # words that TRL looks at at once
+    softcap: float | None,  # bound of the logits
+    scale: float,  # the logits are multiplied by it
+    outputs: tuple,  # names of what is wanted
+) -> tuple:  # log-probabilities, entropies, two that TRL does not ask for here, whether the label is the likeliest
+    "Score labels as TRL asks for it, on a CPU with a head that is not trained in our way."
+    plain = bias is None and softcap is None and set(outputs) <= {"entropy", "is_top1"}
+    if hidden.device.type != "cpu" or weight.requires_grad or not plain:
+        return otherwise(hidden, weight, bias, targets, temperature, size, softcap, scale, outputs)
+    log_probs, entropy, is_top1 = LabelScores.apply(hidden, weight, targets, scale / temperature)
+    return log_probs, entropy, None, None, is_top1
+
+
 @contextmanager
 def labelled_positions():
     "Let TRL compute the output head only where the loss looks, on a CPU too, and in our way there."
@@ -212,22 +233,14 @@ def labelled_positions():
     if on_gpu is None or scores is None:  # another TRL, which does it in another way
         yield
         return
-
-    def apply(hidden, weight, bias, targets, temperature, size, softcap, scale, outputs):
-        plain = bias is None and softcap is None and set(outputs) <= {"entropy", "is_top1"}
-        if hidden.device.type != "cpu" or weight.requires_grad or not plain:
-            return scores.apply(hidden, weight, bias, targets, temperature, size, softcap, scale, outputs)
-        log_probs, entropy, is_top1 = LabelScores.apply(hidden, weight, targets, scale / temperature)
-        return log_probs, entropy, None, None, is_top1
-
     trl_utils._use_triton = lambda device: device.type == "cpu" or on_gpu(device)  # score the labelled positions only
-    trl_utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+    trl_utils._ChunkedLogProbFunction = SimpleNamespace(apply=partial(label_scores, scores.apply))
     try:
         yield
     finally:
         trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = on_gpu, scores
 
-
+# %% ../nbs/53_speed.ipynb #a6131def
 @contextmanager
 def fast_paths(
     config: FineTuningConfig,  # settled settings
