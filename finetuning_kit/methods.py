@@ -294,8 +294,6 @@ def prepare_method(
     "Make a model trainable as a method says."
     check_method(config, model)
     if config.trains_adapter and not isinstance(model, PeftModel):
-        if getattr(model, "is_loaded_in_4bit", False):
-            model = peft.prepare_model_for_kbit_training(model, config.training.gradient_checkpointing)
         settings = adapter_config(config, model, config.training.total_steps(max(len(rows), 1)))
         model, start = attach(model, settings, base_name), config.lora and config.lora.init_lora_weights
         if start == "eva":
