@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog', 'RunFolder',
-           'end_line', 'is_warm', 'check_folder', 'open_folder']
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog',
+           'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given']
 
 # %% ../nbs/48_runs.ipynb #929cef92
 from .config import FineTuningConfig
+from .machine import check_config
 from .processes import is_main_process, meet, n_processes
 from .settings import FinetuningError
 
@@ -268,3 +269,20 @@ def open_folder(
     meet()
     folder.is_open = True
     return folder
+
+# %% ../nbs/48_runs.ipynb #85d94b61
+LOADED = {"folder": ("is_open", 'RunFolder("runs/mine")'), "model": ("named_parameters", 'load_model("pocket")'),
+          "tokenizer": ("decode", 'load_tokenizer("pocket")')}  # argument -> what it must have, and what makes one
+
+
+def check_given(
+    config: FineTuningConfig,  # what was given as one
+    **loaded,  # arguments by their names in `LOADED`; None: left out
+) -> None:  # raises
+    "Refuse names where a run needs the thing itself."
+    check_config(config)
+    for name, given in loaded.items():
+        mark, maker = LOADED[name]
+        if given is not None and not hasattr(given, mark):
+            raise FinetuningError(f"`{name}` must be the thing itself, got {given!r:.60}; make one, such as {maker}, "
+                                  "or leave it out")
