@@ -50,9 +50,9 @@ def end_words(
     "Say how a run ended."
     if run.status in ("finished", "suspect"):
         losses = [entry["loss"] for entry in run.history if "loss" in entry]
-        kind = "adapter" if run.folder.adapter.is_dir() else "final_model"
+        place = f"{run.folder.path.name}/{'adapter' if run.folder.adapter.is_dir() else 'final_model'}"
         change = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
-        return f"{run.status}: {run.n_steps} steps in {run.seconds:.0f} s{change}, saved in {run.folder.path.name}/{kind}"
+        return f"{run.status}: {run.n_steps} steps in {run.seconds:.0f} s{change}, saved in {place}"
     return f"stopped at step {run.n_steps} (checkpoint-{run.n_steps} kept in {run.folder.path.name})"
 
 # %% ../nbs/58_cockpit.ipynb #8586d580
@@ -145,8 +145,7 @@ class MethodMenu(MethodRows):
                 owner = owner_of(settings.config, knob.path) or LoRAConfig()
                 row = settings.view.row(knob, getattr(owner, knob.name))
                 self.rows[knob.path] = W.HBox(row, layout={"align_items": "center"})
-        more = [self.rows[path] for path in (*lora, *METHOD_MORE)]
-        self.more = folded({"more of the method": W.VBox(more)})
+        self.more = folded({"more of the method": W.VBox([self.rows[path] for path in (*lora, *METHOD_MORE)])})
         self.box = W.VBox([W.HBox([self.control, self.lines], layout={"align_items": "center"}),
                            *(self.rows[path] for path in METHOD_FIRST), self.more])
         settings.observe(self.refresh)
@@ -235,7 +234,8 @@ class StandingView:
         if picture:
             self.plot.value, self.plot.layout.display = picture, None
         self.samples.value, self.bar.value = samples_html(standing.samples), standing.share
-        self.bar.bar_style = "danger" if standing.status in ("failed", "suspect") else "success" if standing.share == 1 else ""
+        bad, done = standing.status in ("failed", "suspect"), standing.share == 1
+        self.bar.bar_style = "danger" if bad else "success" if done else ""
         self.status.value = html.escape(words)  # last: who reads it finds the rest in place
 
 # %% ../nbs/58_cockpit.ipynb #8839ec43

@@ -282,7 +282,7 @@ def compose(
     "Put layers over one another, and remember where each value came from"
     if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, Layer) for layer in layers):
         raise FinetuningError(f"`layers` must be a list of layers, got {layers!r:.60}; a preset's is "
-                              'named_layer("preset", "quick_test"), and Layer("mine", {...}) holds settings of your own')
+                              'named_layer("preset", "quick_test"), and Layer("mine", {...}) has settings of your own')
     asked, origins, owner, former = {}, {}, {}, {}
     for place, layer in enumerate(layers):
         flat, words = flat_settings(layer.settings), {**former_words(layer.settings), **layer.former}

@@ -61,9 +61,8 @@ def check_rows(
             raise FinetuningError(
                 f"{len(silent)} of {len(rows)} {name} rows hold no token for the loss (first: {silent[0].place}); "
                 "their answers are empty or cut off: raise `max_seq_length`, or drop these rows")
-    n = len(train_rows)
-    few = f"{n} training rows: the model will learn them" if n > 1 else "1 training row: the model will learn it"
-    return [f"only {few} by heart"] if n < 10 else []
+    few = len(train_rows) < 10
+    return [f"few training rows ({len(train_rows)}): they will be learned by heart"] if few else []
 
 
 def check_fit(
