@@ -34,7 +34,8 @@ def size_words(
     "Say whether rows are few for their task"
     least, enough = SIZES.get(task, (N_HANDFUL, N_HANDFUL))
     if n_rows < N_HANDFUL:
-        return "warning", f"{n_rows} rows are a test of the machinery, and no more; {least} are the least for {task}"
+        rows = "1 row is" if n_rows == 1 else f"{n_rows} rows are"
+        return "warning", f"{rows} a test of the machinery, and no more; {least} are the least for {task}"
     if n_rows < least:
         return "warning", f"{n_rows} rows are fewer than the {least} that {task} takes at least"
     if n_rows < enough:

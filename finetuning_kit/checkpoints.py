@@ -113,11 +113,11 @@ def checkpoint_step(
 
 # %% ../nbs/50_checkpoints.ipynb #49085e2b
 def saved_checkpoints(
-    folder: RunFolder,  # a run's folder
+    folder: RunFolder | str | Path,  # a run's folder
 ) -> list[Path]:  # oldest first, damaged ones too
     "List a run's checkpoints."
-    return sorted((path for path in folder.checkpoints.glob("checkpoint-*") if checkpoint_step(path) is not None),
-                  key=checkpoint_step)
+    found = RunFolder(folder).checkpoints.glob("checkpoint-*")
+    return sorted((path for path in found if checkpoint_step(path) is not None), key=checkpoint_step)
 
 
 def checkpoint_problem(
@@ -159,15 +159,17 @@ def weights_only(
 
 
 def find_checkpoint(
-    folder: RunFolder,  # the run's folder
+    folder: RunFolder | str | Path,  # the run's folder
     resume: str | int | Path | None,  # "auto": the newest whole one; a path, a name or a step; None: none
 ) -> tuple[Path | None, list[str]]:  # where to go on, None: from the beginning; what was passed over
     "Find the checkpoint that a run shall go on from."
+    folder = RunFolder(folder)
     if resume is None or resume == "auto":
         return newest_checkpoint(folder) if resume else (None, [])
     path, have = Path(str(resume)), ", ".join(item.name for item in saved_checkpoints(folder)) or "none"
-    if not str(resume).strip() or (path / "checkpoints").is_dir():
-        what = f"`{resume}` is a run's folder" if str(resume).strip() else "it is empty"
+    is_bool, is_empty = isinstance(resume, bool), not str(resume).strip()
+    if is_bool or is_empty or (path / "checkpoints").is_dir():
+        what = f"it is {resume}" if is_bool else "it is empty" if is_empty else f"`{resume}` is a run's folder"
         raise FinetuningError(f"`resume`: {what}; write auto, or name a checkpoint or its step; the run has {have}")
     if not path.is_dir():
         path = folder.checkpoints / f"checkpoint-{checkpoint_step(resume)}"

@@ -25,9 +25,9 @@ from .census import png
 from .config import USUAL_RATE, FineTuningConfig, LoRAConfig
 from .encoding import EncodedRow
 from .knobs import STYLE, Shown, flat_knobs, folded, labelled, make_control, owner_of, panel
-from .runs import RunFolder
+from .runs import RunFolder, check_given
 from .settings import FinetuningError
-from .standing import Standing, clock_words, plot_run, run_events
+from .standing import Standing, clock_words, plot_run, run_events, run_place
 from .training import TrainedRun, train
 
 # %% ../nbs/58_cockpit.ipynb #b45744b6
@@ -46,13 +46,13 @@ def free_folder(
 
 def end_words(
     run: TrainedRun,  # over
-) -> str:  # begins with "finished" or "stopped"
+) -> str:  # begins with "finished", "suspect" or "stopped"
     "Say how a run ended."
-    if run.status == "finished":
+    if run.status in ("finished", "suspect"):
         losses = [entry["loss"] for entry in run.history if "loss" in entry]
-        kind = "adapter" if run.folder.adapter.is_dir() else "final_model"
+        place = f"{run.folder.path.name}/{'adapter' if run.folder.adapter.is_dir() else 'final_model'}"
         change = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
-        return f"finished: {run.n_steps} steps in {run.seconds:.0f} s{change}, saved in {run.folder.path.name}/{kind}"
+        return f"{run.status}: {run.n_steps} steps in {run.seconds:.0f} s{change}, saved in {place}"
     return f"stopped at step {run.n_steps} (checkpoint-{run.n_steps} kept in {run.folder.path.name})"
 
 # %% ../nbs/58_cockpit.ipynb #8586d580
@@ -145,8 +145,7 @@ class MethodMenu(MethodRows):
                 owner = owner_of(settings.config, knob.path) or LoRAConfig()
                 row = settings.view.row(knob, getattr(owner, knob.name))
                 self.rows[knob.path] = W.HBox(row, layout={"align_items": "center"})
-        more = [self.rows[path] for path in (*lora, *METHOD_MORE)]
-        self.more = folded({"more of the method": W.VBox(more)})
+        self.more = folded({"more of the method": W.VBox([self.rows[path] for path in (*lora, *METHOD_MORE)])})
         self.box = W.VBox([W.HBox([self.control, self.lines], layout={"align_items": "center"}),
                            *(self.rows[path] for path in METHOD_FIRST), self.more])
         settings.observe(self.refresh)
@@ -235,7 +234,8 @@ class StandingView:
         if picture:
             self.plot.value, self.plot.layout.display = picture, None
         self.samples.value, self.bar.value = samples_html(standing.samples), standing.share
-        self.bar.bar_style = "danger" if standing.status == "failed" else "success" if standing.share == 1 else ""
+        bad, done = standing.status in ("failed", "suspect"), standing.share == 1
+        self.bar.bar_style = "danger" if bad else "success" if done else ""
         self.status.value = html.escape(words)  # last: who reads it finds the rest in place
 
 # %% ../nbs/58_cockpit.ipynb #8839ec43
@@ -288,12 +288,12 @@ class RunPanel(Shown):
         train_rows: list[EncodedRow],  # what is learned from
         eval_rows: list[EncodedRow] | None = None,  # what the loss is measured on, and what is asked
     ):
-        self.settings, self.rows = panel(config, len(train_rows)), (train_rows, eval_rows)
+        check_given(config)
+        self.settings, self.rows = panel(config, len(train_rows or [])), (train_rows, eval_rows)
         first = ("method", *METHOD_FIRST[2:], *METHOD_MORE, "lora", "training")
         self.settings.knobs = [knob for knob in self.settings.knobs if knob.path in first]
         self.status, self.standing, self.result = "ready", Standing(), None
-        self.running, self.wish, self.thread, self.view = False, threading.Event(), None, None
-        self.due = 0.0
+        self.running, self.wish, self.thread, self.view, self.due = False, threading.Event(), None, None, 0.0
 
     @property
     def history(self) -> list[dict]:
@@ -412,7 +412,7 @@ class Watch(Shown):
         self,
         folder: RunFolder | str | Path,  # a run's folder
     ):
-        self.folder, self.standing, self.at, self.view = Path(folder), Standing(), 0, None
+        self.folder, self.standing, self.at, self.view = run_place(folder), Standing(), 0, None
         self.read()
 
     def read(self) -> Watch:  # itself

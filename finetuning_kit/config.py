@@ -364,7 +364,7 @@ class FineTuningConfig(MethodSettings):
     def replace(self, **changes) -> "FineTuningConfig":
         "Return a copy with some settings changed; a method takes its own settings with it"
         changes = spelled_out(changes)
-        drops = changes.get("method") in USUAL_RATE.keys() - {"lora", "adalora"} and "lora" not in changes
+        drops = changes.get("method") in [*USUAL_RATE.keys() - {"lora", "adalora"}] and "lora" not in changes
         changed = super().replace(**({"lora": None} if drops else {}), **changes)
         changed._renamed.update({**self._renamed, **old_names(type(self), changes)})
         return changed

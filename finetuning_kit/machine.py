@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Machine', 'cpu_has_bf16', 'gpu_problem', 'cpu_of', 'probe_machine', 'precision_of', 'settle_precision',
-           'has_bitsandbytes', 'settle_four_bit', 'settle_text', 'settle_device', 'resolve_config']
+           'has_bitsandbytes', 'settle_four_bit', 'settle_text', 'check_config', 'settle_device', 'resolve_config']
 
 # %% ../nbs/29_machine.ipynb #faf5dd77
 import re
@@ -161,6 +161,15 @@ def settle_text(
         notes.append(f"padding token: {tokenizer.pad_token} (the tokenizer came with {came or 'none'})")
     return changes, notes
 
+# %% ../nbs/29_machine.ipynb #a68fdd90
+def check_config(
+    config: FineTuningConfig,  # what was given as one
+) -> None:  # raises
+    "Refuse what is no config, such as the name of a model."
+    if not isinstance(config, FineTuningConfig):
+        raise FinetuningError(f"`config` must be a FineTuningConfig, got {config!r:.60}; make one, such as "
+                              'FineTuningConfig(model_name="pocket", dataset="rows.jsonl")')
+
 # %% ../nbs/29_machine.ipynb #4b995cd6
 def settle_device(
     config: FineTuningConfig,  # what was asked for
@@ -187,6 +196,7 @@ def resolve_config(
     tokenizer=None,  # with it, a dataset format that nobody chose follows the chat template
 ) -> tuple[FineTuningConfig, list[str]]:  # what will run; one note for each change, empty for none
     "Settle what a config left open, and tell every change"
+    check_config(config)
     machine, notes = settle_device(config, machine or probe_machine())
     changes = {} if config.device_map == machine.device else {"device_map": machine.device}
     for settle in (settle_precision, settle_four_bit):

@@ -16,7 +16,7 @@ __all__ = ['VIRTUAL', 'METHOD_WORDS', 'STARTS', 'STATE_FILE', 'MEMORIES', 'virtu
 
 # %% ../nbs/32_methods.ipynb #0b056600
 from .config import FineTuningConfig, LoRAConfig
-from .machine import precision_of
+from .machine import check_config, precision_of
 from .models import load_model, quiet_libraries, resolve_model_name
 from .settings import FinetuningError
 from .targets import check_whole, freeze_bottom, is_tied, layer_stack, norm_names
@@ -270,6 +270,9 @@ def check_method(
     model,  # loaded
 ) -> None:  # raises when the two do not go together
     "Refuse a model that a method cannot train."
+    check_config(config)
+    if not hasattr(model, "get_input_embeddings"):
+        raise FinetuningError(f"`model` must be a loaded model, got {model!r:.60}; make one: load_model(\"pocket\")")
     in_4bit, has_adapter = getattr(model, "is_loaded_in_4bit", False), isinstance(model, PeftModel)
     if not config.trains_adapter and in_4bit:
         raise FinetuningError(f"`method` {config.method} trains the model itself, which is in 4 bits, whose weights "

@@ -110,7 +110,7 @@ def profile_settings(
     name: str,  # such as "chat", "quick_test", "unsloth"
 ) -> dict:  # dotted setting -> value
     "Look up settings by their name"
-    if name in PROFILES[kind]:
+    if isinstance(name, str) and name in PROFILES[kind]:
         return dict(PROFILES[kind][name])
     near = difflib.get_close_matches(str(name), PROFILES[kind], n=1)
     advice = f"; did you mean {near[0]}?" if near else ""
@@ -280,6 +280,9 @@ def compose(
     layers: Sequence[Layer],  # the weakest first
 ) -> Composed:  # config, origins, notices
     "Put layers over one another, and remember where each value came from"
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, Layer) for layer in layers):
+        raise FinetuningError(f"`layers` must be a list of layers, got {layers!r:.60}; a preset's is "
+                              'named_layer("preset", "quick_test"), and Layer("mine", {...}) has settings of your own')
     asked, origins, owner, former = {}, {}, {}, {}
     for place, layer in enumerate(layers):
         flat, words = flat_settings(layer.settings), {**former_words(layer.settings), **layer.former}

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog', 'RunFolder',
-           'end_line', 'is_warm', 'open_folder']
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog',
+           'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given']
 
 # %% ../nbs/48_runs.ipynb #929cef92
 from .config import FineTuningConfig
+from .machine import check_config
 from .processes import is_main_process, meet, n_processes
 from .settings import FinetuningError
 
@@ -193,8 +194,8 @@ class RunFolder(RunLog):
     ) -> RunFolder:  # not yet open
         "Name the folder of a config's run: `<output_dir>/<task>_<dataset>`."
         stem = str(config.dataset or "data").replace("\\", "/").rstrip("/").split("/")[-1]
-        stem = re.sub(r"\.(jsonl?|csv|tsv|txt|parquet)$", "", stem)
-        return cls(Path(config.output_dir) / f"{config.task}_{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}")
+        stem = re.sub(r"[^\w.-]+", "-", re.sub(r"\.(jsonl?|csv|tsv|txt|parquet)$", "", stem)).strip("-")
+        return cls(Path(config.output_dir) / f"{config.task}_{stem or 'data'}")
 
     def __fspath__(self):
         return str(self.path)
@@ -216,7 +217,7 @@ class RunFolder(RunLog):
         "List what lies in the folder now."
         return sorted(item.name for item in self.path.iterdir()) if self.path.is_dir() else []
 
-# %% ../nbs/48_runs.ipynb #aa973f58
+# %% ../nbs/48_runs.ipynb #4b4d3552
 def end_line(
     path: Path,  # a file of lines; it need not exist
 ) -> None:
@@ -232,29 +233,56 @@ def is_warm(
     "Tell a warm start, a new run from somebody's weights, from a resumption."
     return str(resume).startswith("weights:")
 
+# %% ../nbs/48_runs.ipynb #aa973f58
+def check_folder(
+    folder: RunFolder,  # where a run wants to write
+    resume: str | int | None = None,  # not None: the run that lies there goes on
+) -> None:  # raises; nothing is created
+    "Refuse a place that cannot be written to, and a folder that holds something and is not gone on with."
+    there = next(place for place in (folder.path, *folder.path.parents) if os.path.lexists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise FinetuningError(f"`output_dir`: cannot use the folder `{folder.path}`: `{there}` {why}; choose another")
+    held = folder.held()
+    is_run = any(mark in held for mark in MARKS)
+    if not held or (resume is not None and not is_warm(resume) and is_run):
+        return
+    what = "another run" if is_run else f"{len(held)} files that no run wrote, such as `{held[0]}`"
+    advice = "; to go on with it, set `resume` to auto" if is_run else ""
+    raise FinetuningError(f"`output_dir`: the folder `{folder.path}` already holds {what}; "
+                          f"nothing in it was changed; choose another `output_dir`{advice}")
+
 
 def open_folder(
     folder: RunFolder,  # where a run wants to write
     resume: str | int | None = None,  # not None: the run that lies there goes on
 ) -> RunFolder:  # the same folder, created and open
     "Create a run's folder; one that holds something already stays as it is, and needs `resume`."
-    if not is_main_process():
-        meet()
-        folder.is_open = True
-        return folder
     try:
-        held = folder.held()
-        is_run = any(mark in held for mark in MARKS)
-        if not held or (resume is not None and not is_warm(resume) and is_run):
+        if is_main_process():
+            check_folder(folder, resume)
             folder.path.mkdir(parents=True, exist_ok=True)
             end_line(folder / "events.jsonl")
-            folder.is_open = True
-            meet()
-            return folder
     except OSError as error:
         raise FinetuningError(
             f"`output_dir`: cannot use the folder `{folder.path}`: {error.strerror}; choose another") from error
-    what = "another run" if is_run else f"{len(held)} files that no run wrote, such as `{held[0]}`"
-    advice = "; to go on with it, set `resume` to auto" if is_run else ""
-    raise FinetuningError(f"`output_dir`: the folder `{folder.path}` already holds {what}; "
-                          f"nothing in it was changed; choose another `output_dir`{advice}")
+    meet()
+    folder.is_open = True
+    return folder
+
+# %% ../nbs/48_runs.ipynb #85d94b61
+LOADED = {"folder": ("is_open", 'RunFolder("runs/mine")'), "model": ("named_parameters", 'load_model("pocket")'),
+          "tokenizer": ("decode", 'load_tokenizer("pocket")')}  # argument -> what it must have, and what makes one
+
+
+def check_given(
+    config: FineTuningConfig,  # what was given as one
+    **loaded,  # arguments by their names in `LOADED`; None: left out
+) -> None:  # raises
+    "Refuse names where a run needs the thing itself."
+    check_config(config)
+    for name, given in loaded.items():
+        mark, maker = LOADED[name]
+        if given is not None and not hasattr(given, mark):
+            raise FinetuningError(f"`{name}` must be the thing itself, got {given!r:.60}; make one, such as {maker}, "
+                                  "or leave it out")

@@ -171,6 +171,7 @@ SAMPLES_SHOWN = 2  # questions of an evaluation that a terminal shows with their
 
 class StageScreen(LoopScreen):
     "Shows also what happens between two steps"
+    asks = True  # False: the run has no held-out questions
 
     def show_log(self, event):
         self.standing.hear(event)
@@ -217,7 +218,7 @@ class RunScreen(StageScreen):
     def show_data(self, event):
         from finetuning_kit.ledger import balance_line
 
-        config, data = event["config"], event["data"]
+        config, data, self.asks = event["config"], event["data"], len(event["data"].eval_rows) > 0
         counts = f"{len(data.train_rows)} to train on, {len(data.eval_rows)} held out"
         self.line("model", f"{config.model_name}; {event['machine']}")
         self.show_plan(config, [row.n_tokens for row in data.train_rows])
@@ -241,10 +242,10 @@ class RunScreen(StageScreen):
         self.line("careful", Text(plain_letters(sentence), style="yellow"))
 
     def show_base(self, event):
-        self.line("before", "asking the base model the held-out questions")
+        self.line("before", "asking the base model the held-out questions" if self.asks else "looking at the base")
 
     def show_tuned(self, event):
-        self.line("after", "asking the tuned model the same questions")
+        self.line("after", "asking the tuned model the same questions" if self.asks else "looking at the tuned")
 
     def show_merge(self, event):
         self.line("merge", "folding the adapter into the base, comparing the two")
@@ -363,8 +364,8 @@ def show_result(
     result,  # a `FineTuned`
 ) -> None:  # it is on the screen
     "Show what a run gave: before and after, three answers, the merge, the files"
-    console.print()
     if result.comparison is not None:
+        console.print()
         print_trimmed(console, score_table(result))
         console.print()
         for sample in result.comparison.samples(3):
@@ -373,8 +374,10 @@ def show_result(
             console.print(f"    tuned  [green]{one_line(sample['after'])}[/]")
     if result.merge_check is not None:
         check = result.merge_check
-        off = f"{check.relative_difference:.1%} of what training changed, {check.limit:.1%} is allowed; use the adapter"
-        verdict = "[green]merged model verified[/]" if check.passed else f"[red]merged model differs[/] by {off}"
+        off = f"{check.relative_difference:.2g} of what training changed, {check.limit:g} is allowed"
+        verdict = "[green]merged model verified[/]"
+        if not check.passed:
+            verdict = f"[red]merged model differs[/] by {off}\n  use the adapter"
         console.print(f"\n  {verdict}: {check.n_same_answers} of {check.n_prompts} answers equal, "
                       f"logits within {check.max_logit_difference:.0e}")
     console.print(f"\n  [bold]{one_line(str(result.folder.path), 76)}[/]")

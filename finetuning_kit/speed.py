@@ -138,8 +138,10 @@ def packing_note(
     packings = [pack_rows(rows[start:start + batch], most) for start in range(0, len(rows), batch)]
     n_packs = sum(len(packing.packs) for packing in packings)
     wasted = padding_share([row.n_tokens for row in rows], config.training.per_device_train_batch_size)
-    return (f"packing: the {min(batch, len(rows))} rows of a step go through in {n_packs / len(packings):.1f} packs of "
-            f"up to {most} tokens, {len(rows) / n_packs:.1f} rows a pack; no padding, {wasted:.0%} without packing")
+    each = n_packs / len(packings)
+    packs = "1 pack" if n_packs == len(packings) else f"{each:.1f} packs"
+    return (f"packing: the {min(batch, len(rows))} rows of a step go through in {packs} of up to {most} tokens, "
+            f"{len(rows) / n_packs:.1f} rows a pack; no padding, {wasted:.0%} without packing")
 
 
 def settle_packing(

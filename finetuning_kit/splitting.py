@@ -256,8 +256,8 @@ def plan_split(
     groups, n_joined, unmet = group_rows(records, values, near)
     if len(set(groups)) < 2:
         linked = f"questions and `{group_by}` link them all" if group_by else "all ask the same first question"
-        raise DataError("one_group", f"{len(rows)} rows cannot be split: {linked}; give a file for evaluation, or set "
-                                     "`split_ratio` to 0")
+        cannot = f"{len(rows)} rows cannot be split: {linked}" if len(rows) > 1 else "a single row cannot be split"
+        raise DataError("one_group", f"{cannot}; give a file for evaluation, or set `split_ratio` to 0")
     held, shares = plan_groups(groups, [first_question(record) for record in records], strata, split_ratio, seed)
     unmet += [f"{f'stratum {name!r}' if stratify_by else 'the split'}: {wanted} of {n} rows were wanted, "
               f"{n_held} are held out; groups stay together" for name, (n, wanted, n_held) in shares.items()

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREY', 'COLOURS', 'PANELS', 'clock_words', 'pace_words', 'Ears', 'Standing', 'run_events',
-           'read_run', 'smoothed', 'points_of', 'draw_curve', 'draw_loss', 'draw_tracks', 'one_curve', 'shown_panels',
-           'spread_labels', 'plot_run']
+__all__ = ['BLUE', 'ORANGE', 'GREY', 'COLOURS', 'PANELS', 'clock_words', 'pace_words', 'Ears', 'Standing', 'run_place',
+           'run_events', 'read_run', 'smoothed', 'points_of', 'draw_curve', 'draw_loss', 'draw_tracks', 'one_curve',
+           'shown_panels', 'spread_labels', 'plot_run']
 
 # %% ../nbs/56_standing.ipynb #ca859554
 from .runs import RunFolder
@@ -131,15 +131,27 @@ class Standing(Ears):
         return ", ".join(self.parts())
 
 # %% ../nbs/56_standing.ipynb #84614388
+def run_place(
+    folder: RunFolder | str | Path,  # a run's folder, as somebody named it
+) -> Path:  # where its files lie
+    "Refuse what cannot be a run's folder."
+    if not isinstance(folder, (RunFolder, str, Path)) or not str(getattr(folder, "path", folder)):
+        raise FinetuningError(f"`folder` must be the name of a run's folder, got {folder!r:.60}; such as "
+                              "runs/instruct_pocket")
+    return Path(folder)
+
+
 def run_events(
     folder: RunFolder | str | Path,  # a run's folder, the run's or somebody else's
     after: int = 0,  # bytes that were read before
 ) -> tuple[list[dict], int]:  # whole events, oldest first, and how many bytes they end at
     "Read what a run has written down"
-    path = Path(folder) / "events.jsonl"
+    home = run_place(folder)
+    path = home / "events.jsonl"
     if not path.is_file():
-        held = "it holds no `events.jsonl`" if Path(folder).is_dir() else "there is no such folder"
-        raise FinetuningError(f"`{Path(folder).name}` is no run's folder: {held}; name the folder inside `output_dir`, "
+        held = ("it holds no `events.jsonl`" if home.is_dir() else "it is a file" if home.exists() else
+                "there is no such folder")
+        raise FinetuningError(f"`{home.name or home}` is no run's folder: {held}; name the folder inside `output_dir`, "
                               "such as runs/instruct_pocket")
     with open(path, "rb") as file:
         file.seek(after)
@@ -288,6 +300,9 @@ def plot_run(
     "Draw a run: panels under each other that share their steps"
     from matplotlib.figure import Figure
 
+    if not isinstance(history, list):
+        raise FinetuningError(f"`history` must be a list of a run's entries, got {history!r:.60}; a run has it as "
+                              "`run.history`")
     names = shown_panels(history, only)
     heights, gap = [PANELS[name][1] for name in names], 0.3
     total = sum(heights) + gap * (len(names) - 1) + 0.75

@@ -122,6 +122,8 @@ def encode_batch(
     limit: int | None = None,  # tokens; for longer rows it is worked out what a limit may take from the prompt
 ) -> list:  # an `EncodedRow` for each, or the FinetuningError that says why there is none
     "Turn records into what the model sees and learns"
+    if not callable(tokenizer):
+        raise FinetuningError(f"`tokenizer` must be a loaded tokenizer, got {tokenizer!r:.60}; use `load_tokenizer`")
     from_outlines = uses_template(formatter) and tokenizer.chat_template
     filled = encode_by_outlines(tokenizer, records, learn, limit) if from_outlines else [None] * len(records)
     rendered, usual = [], begins_texts(tokenizer)

@@ -45,6 +45,10 @@ def check_rows(
     "Refuse rows that teach nothing."
     if not train_rows:
         raise FinetuningError("there are no training rows; at least one row with an answer is needed")
+    raw = [row for row in (*train_rows, *eval_rows) if not hasattr(row, "n_tokens")]
+    if raw:
+        raise FinetuningError(f"rows to train on must be encoded, got {raw[0]!r:.60}; `encode_records(tokenizer, "
+                              "records).rows` encodes them, and `fine_tune` starts from a file")
     for name, rows in (("training", train_rows), ("evaluation", eval_rows)):
         silent = []
         for row in rows:
@@ -58,7 +62,7 @@ def check_rows(
                 f"{len(silent)} of {len(rows)} {name} rows hold no token for the loss (first: {silent[0].place}); "
                 "their answers are empty or cut off: raise `max_seq_length`, or drop these rows")
     few = len(train_rows) < 10
-    return [f"only {len(train_rows)} training rows: the model will learn them by heart"] if few else []
+    return [f"few training rows ({len(train_rows)}): they will be learned by heart"] if few else []
 
 
 def check_fit(

@@ -31,7 +31,7 @@ from .processes import announce_failure, is_main_process, join_processes, meet, 
 from .processes import shards_weights
 from .progress import EARLY, RunProgress, early_end, interrupts, memory_guard, save_weights
 from .proof import load_weights, prove, remember, room_note
-from .runs import RunFolder, disk_guard
+from .runs import RunFolder, check_given, disk_guard
 from .settings import FinetuningError
 from .encoding import EncodedRow
 from .speed import fast_paths, settle_speed
@@ -246,7 +246,8 @@ def train(
     callbacks: tuple = (),  # TrainerCallbacks that hear it first, and may add to the figures of an evaluation
 ) -> TrainedRun:  # the tuned model, and how it went
     "Fine-tune a model on encoded rows, and leave a folder that explains itself."
-    rows = (list(train_rows), list(eval_rows or []))
+    check_given(config, model=model, tokenizer=tokenizer, folder=folder)
+    rows = (list(train_rows or []), list(eval_rows or []))
     with quiet_libraries():
         run, saved, checkpoint = open_run(config, rows, model, tokenizer, folder, resume)
         reports = Reports(run.config, run.folder, run.notes, on_event)

@@ -30,7 +30,7 @@ from .processes import is_main_process, join_processes, meet, n_processes, shard
 from .reading import read_rows
 from .profiles import demo_config
 from .records import Document
-from .runs import RunFiles, RunFolder
+from .runs import RunFiles, RunFolder, check_folder, check_given
 from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
@@ -162,7 +162,7 @@ class FineTuned:
 
 
 LAYOUT = {
-    "README.md": "this run in one page", "final_model": "the merged model, ready to load",
+    "README.md": "this run in one page", "final_model": "the tuned model, ready to load",
     "adapter": "the adapter alone, to load with its base", "best_model": "the adapter with the lowest held-out loss",
     "checkpoints": "where a run can be resumed", "loss.png": "the loss plot", "samples.jsonl": "questions and answers",
     "metrics.json": "what was measured", "config.yaml": "the settings, for --config and another --output-dir",
@@ -177,6 +177,8 @@ def check_place(
 ) -> None:  # raises
     "Refuse at once what would be refused after all the rows were read: a base, or a place to go on from"
     folder = folder or RunFolder.for_config(config)
+    if is_main_process() and not folder.is_open:
+        check_folder(folder, resume)
     if (Path(config.model_name) / "adapter_config.json").is_file():
         raise FinetuningError(f"`model_name`: `{config.model_name}` is an adapter; name a whole model, such as the "
                               "`final_model` that a run keeps beside its `adapter`")
@@ -313,6 +315,7 @@ def fine_tune(
     max_answers: int = 500,  # held-out questions asked before and after, at most
 ) -> FineTuned:  # figures, answers, files
     "Check the rows, train, compare with the base, merge, verify, and leave a folder that explains itself"
+    check_given(config, folder=folder)
     on_event = on_event if is_main_process() else None
     tell = on_event or (lambda event: None)
     tokenizer = load_tokenizer(config.model_name)
