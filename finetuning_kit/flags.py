@@ -129,15 +129,20 @@ def refuse_clashes(
 def start_layer(
     names: list[str],  # what --config was given
     base_model: str | None,  # the base model, when a flag names one
+    method: str | None = None,  # the method, when a flag names one
 ):  # a `Layer`; empty when files are there
     "Choose what a run starts from"
+    from finetuning_kit.config import USUAL_RATE
     from finetuning_kit.profiles import PRESETS, Layer, demo_config
 
     from_file = [name for name in names if name != "demo" and name not in PRESETS]
     if "demo" in names or (not from_file and base_model in (None, "pocket")):
         left_out = ("dataset", "eval_dataset", "max_seq_length")
-        asked = demo_config().given().items()
-        return Layer("demo", {name: value for name, value in asked if name not in left_out})
+        asked = {name: value for name, value in demo_config().given().items() if name not in left_out}
+        if method in USUAL_RATE:
+            rate = asked["training"]["learning_rate"] * USUAL_RATE[method] / USUAL_RATE["lora"]
+            asked["training"]["learning_rate"] = float(f"{rate:.2g}")
+        return Layer("demo", asked)
     if from_file:
         return Layer("defaults", {})
     return Layer("start of an adapter", {"model_name": base_model, "lora": {"target_modules": "all-linear"},
@@ -174,7 +179,8 @@ def layers_of(
         origins |= dict.fromkeys(changes, flag)
         former |= former_words({flag.strip("-").replace("-", "_"): None})
     recipe, names = flags.pop("lora_profile", None), options.get("config") or []
-    layers = [start_layer(names, flags.get("model_name"))]
+    layers = [start_layer(names, flags.get("model_name"),
+                          flags.get("method") or ("freeze" if flags.get("freeze_ratio") else None))]
     layers += [named_layer("task", flags["task"])] if flags.get("task") else []
     named = [name for name in names if name != "demo"]
     layers += [config_layer(name) for name in named if name in PRESETS]
