@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 # %% auto #0
 __all__ = ['OLD', 'GPUS', 'GIB', 'HELD', 'TIME', 'COLOURS', 'Passes', 'plan_passes', 'Pace', 'quickest', 'probe_pace', 'Gpu',
-           'gpu_of', 'Span', 'memory_span', 'duration', 'fit_on', 'fit_gpu', 'estimate', 'plot_forecast']
+           'gpu_of', 'Span', 'memory_span', 'duration', 'Fit', 'Forecast', 'fit_on', 'fit_gpu', 'estimate',
+           'plot_forecast']
 
 # %% ../nbs/53b_forecast.ipynb #2116fa76
 from .budget import PARTS, MemoryBudget, Tally, base_shape, gib, memory_budget, with_layers
@@ -197,7 +198,7 @@ def duration(
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86_400:,.3g} days"
 
-# %% ../nbs/53b_forecast.ipynb #bb839292
+# %% ../nbs/53b_forecast.ipynb #8cbc9be2
 @dataclass
 class Fit:
     "One device's answer"
@@ -261,11 +262,8 @@ class Forecast:
             devices.append(f"{each.name:10} {each.verdict:9} {each.usable / GIB:6.1f}  {needed:20} {took}")
         told = [f"{each.name}: {note}" for each in [fit, *self.gpus] for note in each.notes]
         steps = f"{fit.n_steps:,} optimizer steps" if fit.n_steps else "time is that of a step; name --rows for the whole"
-        return [("trains", str(fit.budget.count)), ("memory", "
-".join([" " * 12 + "".join(
-            f"{moment:>16}" for moment in sizes), *parts])), ("devices", "
-".join(devices)), ("note", "
-".join(told)),
+        return [("trains", str(fit.budget.count)), ("memory", "\n".join([" " * 12 + "".join(
+            f"{moment:>16}" for moment in sizes), *parts])), ("devices", "\n".join(devices)), ("note", "\n".join(told)),
             ("forecast", f"{self.here.name}: fits {fit.verdict}, {fit.memory.words(gib)}; {steps}; brackets hold the 95 % "
              "interval; loading, evaluation and saving take time beside it")]
 
