@@ -481,7 +481,7 @@ class MemoryBudget:
         rows.append(("**in all**", *(f"**{gib(sum(parts.values()))}**" for parts in self.moments.values())))
         return markdown_table(["", *self.moments], rows) + f"\n\n{self!r}"
 
-# %% ../nbs/53a_budget.ipynb #3a450bb9
+# %% ../nbs/53a_budget.ipynb #d780e5c9
 def moments_of(
     config: FineTuningConfig,  # settings
     traced: StepTrace,  # a pass that trains
@@ -496,7 +496,7 @@ def moments_of(
         passing = {part: accounts[part] for part in PARTS[4:]}
         moments[moment] = {**stays, **passing, "gradients": gradients}
     unfused = config.training.optim in ("adamw_torch", "adafactor")
-    moments["optimizer step"] = {**stays, "activations": stays["gradients"] * unfused, "logits": 0}
+    moments["update"] = {**stays, "activations": stays["gradients"] * unfused, "logits": 0}
     seen = max(looked.peaks.values(), key=lambda accounts: sum(accounts.values()))
     moments["evaluation"] = {**stays, "gradients": 0, **{part: seen[part] for part in PARTS[4:]}}
     return moments
