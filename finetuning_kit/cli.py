@@ -307,7 +307,8 @@ def run_lr_find(
     "Find a learning rate for a run, for a tenth of what a sweep costs"
     from finetuning_kit.models import load_tokenizer
     from finetuning_kit.profiles import compose
-    from finetuning_kit.rates import find_learning_rate, found_paths, rate_event_words, rate_lines, rate_range, save_found
+    from finetuning_kit.rates import find_learning_rate, found_paths, rate_event_words, rate_lines, save_found
+    from finetuning_kit.trials import rate_range
     from finetuning_kit.workflow import prepare_run
 
     composed, screen = compose(layers_of(options)), RunScreen()

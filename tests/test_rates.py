@@ -12,11 +12,10 @@ from finetuning_kit.loading import load_records
 from finetuning_kit.machine import resolve_config
 from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.profiles import demo_config
-from finetuning_kit.rates import (
-    Fork, FoundRate, SearchPlan, chance_state, find_learning_rate, lr_find, rate_lines, search_rates, trial_config,
-    try_rate, valley)
+from finetuning_kit.rates import Fork, SearchPlan, find_learning_rate, lr_find, rate_lines, search_rates, valley
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.tokens import encode_records
+from finetuning_kit.trials import chance_state, trial_config, try_rate
 
 METHODS = ("lora", "full", "freeze", "adalora", "ia3", "prefix", "prompt", "p_tuning", "ln_tuning", "dora", "pissa",
            "eva", "lora+")
@@ -130,4 +129,3 @@ def test_the_command_writes_a_picture_and_numbers_and_names_the_flag(tmp_path, c
     told, found = capsys.readouterr().out, json.loads((tmp_path / "rates.json").read_text())
     assert f"--learning-rate {found['suggestion']:.2g}" in told and "of twelve whole runs" in told
     assert (tmp_path / "rates.png").read_bytes()[1:4] == b"PNG" and told.count("held-out loss") >= 4
-    assert FoundRate.__doc__

@@ -119,7 +119,8 @@ def study(name, piece, save) -> None:
     "Sweep, search, train with what was found; each part is saved when it is done."
     from finetuning_kit.methods import base_precision
     from finetuning_kit.models import load_model
-    from finetuning_kit.rates import find_learning_rate, rate_range, trial_config, try_rate
+    from finetuning_kit.rates import find_learning_rate
+    from finetuning_kit.trials import rate_range, trial_config, try_rate
 
     config, tokenizer, rows = make_task(name)
     model, n_steps = load_model("pocket", precision=base_precision(config)), TASKS[name][3]
@@ -147,7 +148,7 @@ def regret_of(piece) -> float:
 
 def show(pieces) -> None:
     "Print a line for each task, and the figures of each kind."
-    print(f"{'task':5} {'method':10} {'steps':>5} {'sweep best':>10} {'loss':>7} {'found':>8} {'loss':>7} {'regret':>7} "
+    print(f"{'task':5} {'method':10} {'steps':>5} {'best':>10} {'loss':>7} {'found':>8} {'loss':>7} {'regret':>7} "
           f"{'steps':>6} {'CPU':>6}")
     done = {name: piece for name, piece in pieces.items() if "loss" in piece}
     for name, piece in sorted(done.items()):
