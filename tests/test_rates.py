@@ -69,7 +69,7 @@ def test_the_bottom_is_found_from_anywhere_and_within_the_budget(start, steep):
 
     def ask(rate, n_steps):
         spent.append(n_steps)
-        bottom = 2e-3 * math.exp(1.45 * (1 - n_steps / 200))
+        bottom = 2e-3 * math.exp(1.2 * (1 - n_steps / 200))
         return Fork(rate, n_steps, math.inf if rate > 0.2 else 0.5 * math.exp(steep * math.log(rate / bottom) ** 2))
 
     _, rate, _ = search_rates(ask, start, (1e-4, 1.0), plan, plan.n_rising)
