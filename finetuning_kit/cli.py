@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRY', 'ROWS', 'COMMANDS', 'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'dry_run',
            'run_train', 'add_convert', 'run_convert', 'count', 'add_rows', 'add_validate', 'run_validate', 'add_clean',
-           'run_clean', 'add_estimate', 'run_estimate', 'main']
+           'run_clean', 'add_lr_find', 'run_lr_find', 'add_estimate', 'run_estimate', 'main']
 
 # %% ../nbs/66_cli.ipynb #a632d2ef
 import argparse
@@ -288,6 +288,43 @@ def run_clean(
         screen.line("", "nothing was written; name a file with --output")
     return 0
 
+# %% ../nbs/66_cli.ipynb #b9cf51c2
+def add_lr_find(
+    parser: argparse.ArgumentParser,  # of the command
+) -> None:  # the parser is changed
+    "Add the flags of `lr-find`"
+    parser.usage = "%(prog)s [flags]  (those of `train`; --help lists them)"
+    add_names(parser)
+    parser.add_argument("--output", metavar="FILE", help="write the picture and the numbers: FILE.png and FILE.json")
+    parser.add_argument("--low", metavar="X", help="lowest rate (default: half of what is usual for the method)")
+    parser.add_argument("--high", metavar="X", help="highest rate (default: 500 times what is usual)")
+    add_flags(parser)
+
+
+def run_lr_find(
+    options: dict,  # what the command line gave
+) -> int:  # exit code
+    "Find a learning rate for a run, for a tenth of what a sweep costs"
+    from finetuning_kit.models import load_tokenizer
+    from finetuning_kit.profiles import compose
+    from finetuning_kit.rates import find_learning_rate, found_paths, rate_event_words, rate_lines, save_found
+    from finetuning_kit.trials import rate_range
+    from finetuning_kit.workflow import prepare_run
+
+    composed, screen = compose(layers_of(options)), RunScreen()
+    low, high = rate_range(composed.config, options["low"], options["high"])
+    found_paths(options["output"] or "rates")
+    tokenizer = load_tokenizer(composed.config.model_name)
+    config, data, *_ = prepare_run(composed.config, tokenizer, on_event=screen)
+    found = find_learning_rate(config, data.train_rows.rows, data.eval_rows.rows, tokenizer=tokenizer, low=low,
+                               high=high, on_event=lambda event: screen.line(*rate_event_words(event)))
+    for title, text in rate_lines(found).items():
+        screen.line(title, text)
+    if options["output"]:
+        screen.line("wrote", " and ".join(map(str, save_found(found, options["output"]))))
+    screen.line("next", f"the same flags with train, and --learning-rate {found.suggestion:.2g}")
+    return 0
+
 # %% ../nbs/66_cli.ipynb #a5c3d14b
 def add_estimate(
     parser: argparse.ArgumentParser,  # of the command
@@ -378,6 +415,7 @@ COMMANDS = {  # name -> help, flags, run
     "train": ("fine-tune a model on your own rows", add_train, run_train),
     "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
     "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
+    "lr-find": ("find a learning rate before a long run, for a tenth of what a sweep costs", add_lr_find, run_lr_find),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),
