@@ -414,7 +414,6 @@ COMMANDS = {  # name -> help, flags, run
     "demo": ("teach the pocket model to answer questions (about a minute)", add_demo, run_demo),
     "train": ("fine-tune a model on your own rows", add_train, run_train),
     "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
-    "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
     "lr-find": ("find a learning rate before a long run, for a tenth of what a sweep costs", add_lr_find, run_lr_find),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
