@@ -95,7 +95,7 @@ class Rehearsal(Findings):
         return {"passed": self.passed, "seconds": self.seconds, "notes": self.notes,
                 "lines": [asdict(line) for line in self.lines]}
 
-# %% ../nbs/62b_rehearsal.ipynb #c31358bc
+# %% ../nbs/62b_rehearsal.ipynb #72d245a9
 @contextmanager
 def open_trainer(
     stage: Stage,  # with or without a model that has learned
@@ -107,7 +107,8 @@ def open_trainer(
     with quiet_libraries():
         model = stage.run.model if stage.run is not None else prepare_model(config, None, stage.batch)
         config, _ = settle_speed(config, model, rows[0])
-        progress = RunProgress(RunFolder(stage.place / name).open(), settings=config.training)
+        place = RunFolder(tempfile.mkdtemp(prefix=f"{name}-", dir=stage.place)).open()
+        progress = RunProgress(place, settings=config.training)
         with own_forward(model), fast_paths(config, model):
             looks = watchers(config, stage.tokenizer, rows[1], progress, []) if rows[1] else []
             yield make_trainer(config, model, stage.tokenizer, rows, progress, tuple(looks))
