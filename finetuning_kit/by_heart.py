@@ -166,7 +166,7 @@ def records_of(
              if str(row.place) in asked]
     return {str(row.place): record for row, (_, record) in zip(again, read_pairs(config, again, ledger))}
 
-# %% ../nbs/62a_by_heart.ipynb #0a070be2
+# %% ../nbs/62a_by_heart.ipynb #ab78fdff
 def prompt_problem(
     stage: Stage,  # knows tokenizer and settings
     row: EncodedRow,  # an encoded row
@@ -175,9 +175,11 @@ def prompt_problem(
     "Compare the text before the last answer with what the model is given when it is asked."
     if stage.config.train_on == "all" or to_messages(record)[-1]["role"] != "assistant":
         return ""
-    asked = stage.tokenizer.decode(encode_prompt(stage.tokenizer, record, formatter_of(stage.config)))
-    before = stage.tokenizer.decode(row.input_ids[:answer_stretches(row)[-1][0]])
-    return "" if asked == before else (
+    start, text = answer_stretches(row)[-1][0], stage.tokenizer.decode
+    asked, before = text(encode_prompt(stage.tokenizer, record, formatter_of(stage.config))), text(row.input_ids[:start])
+    first = text(row.input_ids[:start + 1])[len(before):]
+    blank = first[:len(first) - len(first.lstrip())]  # a prompt's last space may be the first of a word
+    return "" if asked in (before, before + blank) and first.strip() else (
         f"{row.place}: the loss begins after {before[-30:]!r}, an answer after {asked[-30:]!r}")
 
 
@@ -199,7 +201,7 @@ def mask_problem(
             return f"{row.place}: of the answer {answer[:40]!r} only {text[:40]!r} is learned"
     return prompt_problem(stage, row, record)
 
-# %% ../nbs/62a_by_heart.ipynb #2f98668d
+# %% ../nbs/62a_by_heart.ipynb #8ecd02ab
 def whole_rows(
     stage: Stage,  # knows rows and settings
 ) -> list[EncodedRow]:  # those that a limit has left alone
@@ -212,10 +214,11 @@ def unended(
     stage: Stage,  # knows rows and tokenizer
 ) -> list[EncodedRow]:  # rows that do not teach a model to stop
     "Find rows whose answers have no end."
-    stops = set(stop_token_ids(stage.tokenizer))
+    stops, blank = set(stop_token_ids(stage.tokenizer)), lambda id: not stage.tokenizer.decode([id]).strip()
     marks, found = stops | set(control_tokens(stage.tokenizer).values()), []
     for row in whole_rows(stage):
-        ends = [row.input_ids[end - 1] for _, end in answer_stretches(row)]
+        stretches = [row.input_ids[start:end] for start, end in answer_stretches(row)]
+        ends = [ids[-2 if len(ids) > 1 and ids[-1] not in marks and blank(ids[-1]) else -1] for ids in stretches]
         if not ends or ends[-1] not in stops or not set(ends) <= marks:
             found.append(row)
     return found
@@ -242,7 +245,7 @@ def mask_is_right(
     seen = f"{text(row.input_ids[start:end])[-60:]!r} after {text(row.input_ids[max(0, start - 3):start])!r}"
     return "green", f"{share}, in {n:,} rows each answer with its end, {len(known)} compared with the file: {seen}", ""
 
-# %% ../nbs/62a_by_heart.ipynb #e480bd33
+# %% ../nbs/62a_by_heart.ipynb #9ec6395c
 def needed_fall(
     stage: Stage,  # knows the run's length
 ) -> float:  # a share of the first loss, 0.01 to 0.2
@@ -259,7 +262,7 @@ def judge_losses(
     first, last = losses[0], sum(losses[-3:]) / len(losses[-3:])
     fall = 1 - last / first if first > 0 else 0.0
     moved = f"a fall of {fall:.2%}" if fall >= 0 else f"a rise of {-fall:.2%}"
-    told = f"{first:.4g} to {last:.4g} in {len(losses)} steps on one batch, {moved}, where {needed:.1%} is needed"
+    told = f"{first:.4g} to {last:.4g} in {len(losses)} steps on one batch, {moved} (needed: a fall of {needed:.1%})"
     if fall >= needed or last <= first < 0.1:  # what is known already cannot be learned
         return "green", told, ""
     if fall < -needed:
