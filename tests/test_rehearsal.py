@@ -57,7 +57,7 @@ def fresh(tmp_path, n_steps=6, **changes):
 
 # --- nothing to find ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method, changes, apart", [
-    ("lora", {}, []), ("dora", {}, []), ("full", {"learning_rate": 1e-4}, ["merged = adapter"]),
+    ("lora", {"bf16": True}, []), ("dora", {}, []), ("full", {"learning_rate": 1e-4}, ["merged = adapter"]),
     ("prefix", {"learning_rate": 3e-2}, ["merged = adapter"])])
 def test_a_healthy_run_passes_and_leaves_nothing(tmp_path, method, changes, apart):
     heard = []
