@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DRY', 'ROWS', 'COMMANDS', 'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'dry_run',
            'run_train', 'add_convert', 'run_convert', 'count', 'add_rows', 'add_validate', 'run_validate', 'add_clean',
-           'run_clean', 'add_lr_find', 'run_lr_find', 'add_estimate', 'run_estimate', 'main']
+           'run_clean', 'add_lr_find', 'run_lr_find', 'add_rehearse', 'run_rehearse', 'add_estimate', 'run_estimate',
+           'main']
 
 # %% ../nbs/66_cli.ipynb #a632d2ef
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 # %% ../nbs/66_cli.ipynb #5cd7102a
 from .flags import add_flags, add_names, hyphenated, layers_of, nearest_flag, start_layer
 from .processes import announce_failure, is_main_process
-from .screens import DryScreen, RunScreen, Screen
+from .screens import DryScreen, RunScreen, Screen, plain_letters
 
 # %% ../nbs/66_cli.ipynb #292aa565
 @contextmanager
@@ -98,6 +99,8 @@ def add_train(
     parser.usage = "%(prog)s [flags]  (--help lists them)"
     add_names(parser)
     parser.add_argument("--resume", metavar="X", help="auto, a checkpoint or its step: go on with the folder's run")
+    parser.add_argument("--rehearse", action="store_true",
+                        help="try the run in short first, and stop there with exit code 1 when something is wrong")
     parser.add_argument("--dry-run", action="store_true",
                         help="show every setting with its origin and what follows from it, read, check and encode the "
                         "rows, and stop; exit code 0, 1 for rows with warnings, 2 for rows that a run refuses")
@@ -136,6 +139,8 @@ def run_train(
     composed = compose(layers)
     if options.get("dry_run"):
         return dry_run(composed, options.get("resume"))
+    if options.get("rehearse") and (code := run_rehearse(options)):
+        return code
     from finetuning_kit.workflow import fine_tune
 
     screen = RunScreen()
@@ -325,6 +330,34 @@ def run_lr_find(
     screen.line("next", f"the same flags with train, and --learning-rate {found.suggestion:.2g}")
     return 0
 
+# %% ../nbs/66_cli.ipynb #0e89573e
+def add_rehearse(
+    parser: argparse.ArgumentParser,  # of the command
+) -> None:  # the parser is changed
+    "Add the flags of `rehearse`: those of the run that it tries"
+    parser.usage = "%(prog)s [flags]  (--help lists them)"
+    add_names(parser)
+    add_flags(parser)
+
+
+def run_rehearse(
+    options: dict,  # what the command line gave
+) -> int:  # 0: the run may start; 1: a line is red
+    "Try a run in short"
+    from finetuning_kit.profiles import compose
+    from finetuning_kit.rehearsal import rehearse
+    from rich.text import Text
+
+    screen, styles = Screen(), {"red": "red", "green": ""}
+
+    def show(line):
+        text = Text(plain_letters(line.words()), style=styles.get(line.verdict, "dim"))
+        screen.line(line.verdict if line.verdict in styles else "left out", text)
+
+    found = rehearse(compose(layers_of(options)).config, on_line=show)
+    screen.line("rehearsal", f"{'passed' if found.passed else 'not passed'}; {found.verdict()}")
+    return 0 if found.passed else tell_error("the rehearsal failed, and nothing was trained", 1)
+
 # %% ../nbs/66_cli.ipynb #a5c3d14b
 def add_estimate(
     parser: argparse.ArgumentParser,  # of the command
@@ -415,6 +448,8 @@ COMMANDS = {  # name -> help, flags, run
     "train": ("fine-tune a model on your own rows", add_train, run_train),
     "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
     "lr-find": ("find a learning rate before a long run, for a tenth of what a sweep costs", add_lr_find, run_lr_find),
+    "rehearse": ("try a run in short: one batch by heart, and once everything else that it will do", add_rehearse,
+                 run_rehearse),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),
