@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['JUDGES', 'NUMBER_RANGE', 'AGAIN', 'Dimension', 'unfit_for_search', 'range_of', 'read_dimension', 'read_space',
-           'import_optuna', 'distribution_of', 'done_trials', 'next_trial', 'give_up', 'TrialRecord', 'LastLook',
-           'trial_config', 'drop_weights', 'TrialWatch', 'run_trial', 'Sweep', 'open_study', 'sweep_folder',
+__all__ = ['JUDGES', 'NUMBER_RANGE', 'AGAIN', 'Dimension', 'unfit_for_search', 'range_of', 'read_dimension', 'space_lines',
+           'read_space', 'import_optuna', 'distribution_of', 'done_trials', 'next_trial', 'give_up', 'TrialRecord',
+           'LastLook', 'trial_config', 'drop_weights', 'TrialWatch', 'run_trial', 'Sweep', 'open_study', 'sweep_folder',
            'record_of', 'write_down', 'keep_best', 'plan_sweep', 'sweep_settings', 'draw_history', 'draw_slice',
            'plot_sweep']
 
@@ -125,34 +125,40 @@ def read_dimension(
                               "two values or more, as in 4, 8, 16")
     return Dimension(name, choices=tuple(value))
 
-# %% ../nbs/62b_sweeps.ipynb #2cd68629
+# %% ../nbs/62b_sweeps.ipynb #f9850a2c
+def space_lines(
+    space: dict | str | Path | list[str],  # setting -> what it may be; a YAML file; lines such as "lr: 1e-5..1e-2 log"
+) -> list[tuple]:  # a setting as written, what it may be
+    "Take a search space apart, in whichever form it is written"
+    if isinstance(space, dict):
+        inner = [[(f"{key}.{name}", each) for name, each in value.items()] if isinstance(value, dict) else [(key, value)]
+                 for key, value in space.items()]
+        return sum(inner, [])
+    if isinstance(space, (list, tuple)):
+        return sum((space_lines(line) for line in space), [])
+    if not Path(space).is_file() and re.match(r"[\w.-]+\s*[:=]", str(space)):
+        word, value = re.split(r"[:=]", str(space), maxsplit=1)
+        return [(word.strip().replace("-", "_"), value.strip())]
+    return space_lines(parse_yaml(read_settings_text(space), str(space))[0])
+
+
 def read_space(
-    space: dict | str | Path | list[str],  # setting -> what it may be; a YAML file; or lines such as "lr: 1e-5..1e-2 log"
+    space: dict | str | Path | list[str],  # setting -> what it may be; a YAML file; lines such as "lr: 1e-5..1e-2 log"
     config: FineTuningConfig,  # what the rest of every trial is
 ) -> list[Dimension]:  # checked
     "Read a search space, and refuse at once what no run would accept"
-    lines, asked = [space] if isinstance(space, (str, Path)) else space, {}
-    for line in [lines] if isinstance(lines, dict) else lines:
-        if isinstance(line, str) and re.match(r"[\w.-]+\s*[:=]", line) and not Path(line).is_file():
-            word, value = re.split(r"[:=]", line, maxsplit=1)
-            found = {word.strip().replace("-", "_"): value.strip()}
-        else:
-            found = line if isinstance(line, dict) else parse_yaml(read_settings_text(line), str(line))[0]
-        flat = [(f"{key}.{name}", each) for key, inner in found.items() if isinstance(inner, dict)
-                for name, each in inner.items()]
-        for word, value in [*((key, each) for key, each in found.items() if not isinstance(each, dict)), *flat]:
-            dimension = read_dimension(word, value)
-            if dimension.name in asked:
-                raise FinetuningError(f"`space` names {dimension.name} twice; keep one")
-            asked[dimension.name] = dimension
-    for dimension in asked.values():
+    dimensions = [read_dimension(word, value) for word, value in space_lines(space)]
+    names = [dimension.name for dimension in dimensions]
+    for dimension in dimensions:
+        if names.count(dimension.name) > 1:
+            raise FinetuningError(f"`space` names {dimension.name} twice; keep one")
         for value in dimension.ends:
             problem = problem_of(config, {dimension.name: value})
             if problem:
                 raise FinetuningError(f"`space`: {dimension}: {problem}")
-    if not asked:
-        raise FinetuningError('`space` is empty; name a setting and what it may be, as in "learning_rate: 1e-5..1e-2 log"')
-    return list(asked.values())
+    if not dimensions:
+        raise FinetuningError("`space` is empty; name a setting and what it may be, as in `learning_rate: 1e-5..1e-2 log`")
+    return dimensions
 
 # %% ../nbs/62b_sweeps.ipynb #a977aea9
 AGAIN = "to be done again"  # a mark on a trial that was broken off
@@ -207,7 +213,7 @@ def give_up(
     study.tell(trial.number, state=states.FAIL)
     study.enqueue_trial(trial.params)
 
-# %% ../nbs/62b_sweeps.ipynb #5bf9f77d
+# %% ../nbs/62b_sweeps.ipynb #f938dfd8
 @dataclass
 class TrialRecord:
     "A trial of a sweep"
@@ -238,10 +244,9 @@ def trial_config(
     settings: dict,  # what this one is
     n_rows: int,  # training rows
 ) -> FineTuningConfig:  # for `train`
-    "Make a trial's settings: four looks unless others were asked for, and no checkpoints"
+    "Make a trial's settings: four looks or more, for pruning needs them, and no checkpoints"
     changed = config.replace(**settings)
-    looks = config.training.eval_steps if config.is_given("training.eval_steps") and (
-        config.training.eval_strategy == "steps") else max(1, changed.training.total_steps(n_rows) // 4)
+    looks = max(1, min(config.training.eval_steps, changed.training.total_steps(n_rows) // 4))
     plain = {"eval_strategy": "steps", "eval_steps": looks, "save_strategy": "steps", "save_steps": 10**9, "save_best": 0,
              "report_to": []}
     return changed.replace(**{f"training.{name}": value for name, value in plain.items()})
@@ -308,7 +313,7 @@ def run_trial(
     value = watch.value if state in ("finished", "pruned") else None
     return TrialRecord(watch.number, settings, state, value, reason, watch.n_steps, round(time.monotonic() - began, 2))
 
-# %% ../nbs/62b_sweeps.ipynb #e2d89197
+# %% ../nbs/62b_sweeps.ipynb #7f1baeac
 @dataclass
 class Sweep:
     "What a sweep has found so far"
@@ -317,6 +322,7 @@ class Sweep:
     folder: RunFolder  # `sweep.db`, `best.yaml`, `sweep.png`, and `trials`
     metric: str  # what trials are judged by
     trials: list[TrialRecord] = field(default_factory=list)  # in the order of their beginning
+    interrupted: bool = False  # whether Ctrl-C ended it in the middle of a trial, which will be done again
 
     @property
     def ranking(self) -> list[TrialRecord]:
@@ -434,7 +440,7 @@ def plan_sweep(
     own = {dimension.name: values.get(dimension.name) for dimension in dimensions}
     return dimensions, asked, own if all(each.holds(own[each.name]) for each in dimensions) else {}
 
-# %% ../nbs/62b_sweeps.ipynb #123134f2
+# %% ../nbs/62b_sweeps.ipynb #29bf3326
 def sweep_settings(
     config: FineTuningConfig,  # what every trial is, but for what is searched
     space: dict | str | Path | list[str],  # setting -> what it may be, as in `read_space`
@@ -461,6 +467,7 @@ def sweep_settings(
         record = run_trial(config, rows, place, TrialWatch(trial, found.metric, len(found.trials), on_event), tokenizer)
         if record.state == "interrupted":
             give_up(study, trial)
+            found.interrupted = True
             break
         write_down(study, trial, record)
         found.trials.append(record)
@@ -471,7 +478,7 @@ def sweep_settings(
             raise FinetuningError(f"the first three trials failed, so the sweep ends here: {record.reason}")
     return found
 
-# %% ../nbs/62b_sweeps.ipynb #6c83c61f
+# %% ../nbs/62b_sweeps.ipynb #50cbd290
 def draw_history(
     axes,  # of matplotlib
     found: Sweep,  # with at least one trial
@@ -526,7 +533,12 @@ def plot_sweep(
     draw_history(panels[0], found)
     for axes, dimension in zip(panels[1:], found.space):
         draw_slice(axes, found, dimension)
+    values = [trial.value for trial in found.trials if trial.value is not None] or [1.0]
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
     for axes in panels:
+        if max(values) > 5 * min(values) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.22)
