@@ -153,11 +153,11 @@ def add_sweep(
     add_names(parser)
     parser.add_argument("--space", metavar="X", action="append", required=True, help='what to search: "learning_rate: '
                         '1e-5..1e-2 log", "lora.r: 4, 8, 16", or a YAML file of such lines; may be given several times')
-    parser.add_argument("--trials", metavar="N", type=count, default=20, help="trials in all, those of earlier sessions "
-                        "included (default 20)")
+    parser.add_argument("--trials", metavar="N", type=count, default=20, help="trials in all, those of earlier "
+                        "sessions included (default 20)")
     parser.add_argument("--minutes", metavar="N", type=count, help="no trial begins after so many minutes")
-    parser.add_argument("--storage", metavar="URL", help="a database of Optuna's, such as sqlite:///sweep.db (default: in "
-                        "the sweep's folder, <output-dir>/sweep_<task>_<dataset>)")
+    parser.add_argument("--storage", metavar="URL", help="a database of Optuna's, such as sqlite:///sweep.db (default: "
+                        "in the sweep's folder, <output-dir>/sweep_<task>_<dataset>)")
     add_flags(parser)
 
 
@@ -167,7 +167,8 @@ def run_sweep(
     "Search for the best settings, and say where they are written down"
     from finetuning_kit.models import load_tokenizer
     from finetuning_kit.profiles import compose
-    from finetuning_kit.sweeps import read_space, sweep_folder, sweep_settings
+    from finetuning_kit.spaces import read_space
+    from finetuning_kit.sweeps import sweep_folder, sweep_settings
     from finetuning_kit.workflow import prepare_run
 
     config, screen = compose(layers_of(options)).config, Screen()

@@ -169,9 +169,8 @@ def open_run(
         set_aside(folder, start.saved["step"])
     config, packed = settle_speed(config, model, rows[0])
     shares = [f"rows: {schedule_lines(config.training, None, n_processes())['effective batch']}"] * (n_processes() > 1)
-    notes += settled + suited + method_notes(config, model) + packed + shares + start.notes
-    notes += relief_notes(config) + room_note(folder, model)
-    run = TrainedRun(model, tokenizer, folder, config, notes=notes)
+    notes += [*settled, *suited, *method_notes(config, model), *packed, *shares, *start.notes, *relief_notes(config)]
+    run = TrainedRun(model, tokenizer, folder, config, notes=notes + room_note(folder, model))
     fingerprint["base_weights"] = fingerprint["base_weights"] or base_fingerprint(config.model_name)
     if is_main_process():
         describe_start(run, rows, fingerprint, start, source)

@@ -12,7 +12,8 @@ import finetuning_kit.sweeps
 from finetuning_kit.cli import main
 from finetuning_kit.profiles import demo_config
 from finetuning_kit.settings import FinetuningError
-from finetuning_kit.sweeps import read_space, sweep_settings
+from finetuning_kit.spaces import read_space
+from finetuning_kit.sweeps import sweep_settings
 from tests.runs_apart import ROWS
 
 SPACE = {"learning_rate": "1e-5..1e-1 log", "lora.r": [2, 4]}
