@@ -138,7 +138,8 @@ def less_in_a_pass(
     if attempt.phase != "evaluation" and not config.training.gradient_checkpointing:
         if settle_for_method(config.replace(**twice))[0].training.gradient_checkpointing:
             found.append(Way(twice, "the same losses, about a third more time"))
-    longest = max(lengths, default=attempt.length or config.max_seq_length)
+    known = attempt.length and not attempt.packed
+    longest = attempt.length if known else max(lengths, default=config.max_seq_length)
     shorter = max(longest * 3 // 4, 2)
     n_longer = sum(length > shorter for length in lengths)
     cost = f"{n_longer:,} of {len(lengths):,} rows are longer" if lengths else "longer rows are lost or cut"
@@ -254,7 +255,8 @@ class StepStart:
     ):
         on_gpu = torch.cuda.is_available() and trainer.args.device.type == "cuda"
         self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else None
-        self.loss, self.tokens, self.step_loss = trainer._tr_loss.clone(), trainer._total_train_tokens, 0.0
+        loss = getattr(trainer, "_tr_loss", torch.zeros(()))  # older Transformers keep it out of reach
+        self.loss, self.tokens = loss.clone(), trainer._total_train_tokens
         self.counts = {name: len(values) for name, values in trainer._metrics["train"].items()}
 
     def restore(
@@ -268,7 +270,7 @@ class StepStart:
         if self.random[1] is not None:
             torch.cuda.set_rng_state_all(self.random[1])
         trainer._tr_loss, trainer._total_train_tokens = self.loss.clone(), self.tokens
-        trainer.progress.step_loss, trainer.passes = self.step_loss, []
+        trainer.progress.step_loss, trainer.passes = 0.0, []
         for name, values in trainer._metrics["train"].items():
             del values[self.counts.get(name, 0):]
 
@@ -357,7 +359,7 @@ class RelievedTrainer(NotingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Forward and backward; where the memory is full, the whole step is done again in smaller portions."
         if not self.passes:
-            self.began, self.batches = StepStart(self), []
+            self.began, self.batches = StepStart(self) if self.progress.settings.auto_batch else None, []
         self.batches, todo = [*self.batches, inputs], [inputs]
         while True:
             try:

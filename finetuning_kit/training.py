@@ -31,7 +31,8 @@ from .processes import announce_failure, is_main_process, join_processes, meet, 
 from .processes import shards_weights
 from .progress import EARLY, RunProgress, early_end, interrupts, save_weights
 from .proof import load_weights, prove, remember, room_note
-from .relief import MemoryFull, RelievedTrainer, free_memory, memory_guard, relief_notes
+from .relief import MemoryFull, RelievedTrainer, batch_in_use, free_memory, memory_guard
+from .relief import relief_notes
 from .runs import RunFolder, disk_guard
 from .settings import FinetuningError
 from .encoding import EncodedRow
@@ -115,6 +116,7 @@ def describe_start(
         n_rows={"train": len(rows[0]), "eval": len(rows[1])}, n_parameters=vars(count), notes=run.notes,
         device=str(run.model.device), fingerprint=fingerprint, drift=record.get("drift", []) + drift,
         warm_start=str(source) if source else None,
+        batch=batch_in_use(run.config.training, start.saved.get("portions", {})),
         versions={"finetuning_kit": finetuning_kit.__version__, **library_versions()})
 
 # %% ../nbs/57_training.ipynb #a4a086a5
