@@ -22,7 +22,7 @@ from typing import NamedTuple
 __all__ = ['STATE', 'WEIGHTS', 'READ', 'FREE_TO_CHANGE', 'METHOD', 'HASHED', 'FIXED', 'PACKAGES', 'text_hash', 'seal_checkpoint',
            'read_seal', 'missing_parts', 'checkpoint_damage', 'checkpoint_step', 'saved_checkpoints',
            'checkpoint_problem', 'newest_checkpoint', 'weights_only', 'find_checkpoint', 'base_fingerprint',
-           'rows_hash', 'run_fingerprint', 'drift_of', 'drift_words', 'allowed_drift', 'check_same_run',
+           'rows_hash', 'run_fingerprint', 'drift_of', 'regrouped', 'drift_words', 'allowed_drift', 'check_same_run',
            'library_versions', 'Start', 'find_start', 'warm_weights', 'score_of', 'best_steps', 'evals_since_best',
            'checkpoints_to_drop', 'set_aside', 'drop_checkpoints']
 
@@ -217,7 +217,7 @@ def rows_hash(
 # %% ../nbs/50_checkpoints.ipynb #dd796bbe
 FREE_TO_CHANGE = {  # these move no weight
     "logging_steps", "save_strategy", "save_steps", "save_total_limit", "save_best", "early_stopping", "on_spike",
-    "eval_answers", "track", "report_to", "dataloader_num_workers"}
+    "eval_answers", "track", "report_to", "dataloader_num_workers", "auto_batch"}
 METHOD = ("method", "freeze_ratio", "num_virtual_tokens", "prompt_tuning_init_text", "load_in_4bit", "max_seq_length")
 
 
@@ -248,6 +248,17 @@ def drift_of(
 
 # %% ../nbs/50_checkpoints.ipynb #6f53b82b
 HASHED = ("base_weights", "train_rows", "eval_rows")  # of these a fingerprint knows only whether they are the same
+
+
+def regrouped(
+    old: dict,  # the fingerprint that a checkpoint remembers
+    new: dict,  # the run's own
+) -> list[str]:  # settings that only share out the same step differently; equal to rounding
+    "Tell which differences leave every step what it was: as many rows, in other portions."
+    rows, passes = "per_device_train_batch_size", "gradient_accumulation_steps"
+    steps = [found.get(rows, 0) * found.get(passes, 0) for found in (old, new)]
+    names = ["per_device_eval_batch_size", "gradient_checkpointing"] + [rows, passes] * (steps[0] == steps[1])
+    return [name for name in names if old.get(name) != new.get(name)]
 
 
 def drift_words(
@@ -289,6 +300,8 @@ def check_same_run(
     saved = read_seal(checkpoint) or {}
     allowed = allowed_drift(allow_drift, fingerprint)
     drift = drift_of(saved.get("fingerprint", {}), fingerprint)
+    for name in regrouped(saved.get("fingerprint", {}), fingerprint):
+        drift.pop(name)
     changed = drift_words({name: values for name, values in drift.items() if name not in allowed})
     if changed:
         can = [name for name in drift if name not in FIXED]
@@ -333,6 +346,9 @@ def find_start(
     checkpoint, notes = find_checkpoint(folder, None if is_warm(resume) else resume)
     saved, drift = check_same_run(checkpoint, fingerprint, allow_drift) if checkpoint else ({}, {})
     notes += [f"{words}, from step {saved['step']} on (`allow_drift`)" for words in drift_words(drift)]
+    old = saved.get("fingerprint", fingerprint)
+    shared = drift_words({name: [old.get(name), fingerprint.get(name)] for name in regrouped(old, fingerprint)})
+    notes += [f"{words}, from step {saved['step']} on: the same steps in other portions" for words in shared]
     now = library_versions()
     notes += [f"{name} was {old} up to step {saved['step']} and is {now.get(name, 'missing')} now: the same run to "
               "rounding, no longer to the byte" for name, old in saved.get("versions", {}).items()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DRY', 'ROWS', 'COMMANDS', 'told_in_sentences', 'tell_error', 'add_demo', 'end_of', 'run_demo', 'add_train', 'dry_run',
            'run_train', 'add_convert', 'run_convert', 'count', 'add_rows', 'add_validate', 'run_validate', 'add_clean',
-           'run_clean', 'add_lr_find', 'run_lr_find', 'add_rehearse', 'run_rehearse', 'add_estimate', 'run_estimate',
-           'main']
+           'run_clean', 'add_sweep', 'run_sweep', 'add_lr_find', 'run_lr_find', 'add_rehearse', 'run_rehearse',
+           'add_estimate', 'run_estimate', 'main']
 
 # %% ../nbs/66_cli.ipynb #a632d2ef
 import argparse
@@ -293,6 +293,49 @@ def run_clean(
         screen.line("", "nothing was written; name a file with --output")
     return 0
 
+# %% ../nbs/66_cli.ipynb #b1d516ca
+def add_sweep(
+    parser: argparse.ArgumentParser,  # of the command
+) -> None:  # the parser is changed
+    "Add the flags of `sweep`"
+    parser.usage = '%(prog)s --space "learning_rate: 1e-5..1e-2 log" [flags]  (--help lists them)'
+    add_names(parser)
+    parser.add_argument("--space", metavar="X", action="append", required=True, help='what to search: "learning_rate: '
+                        '1e-5..1e-2 log", "lora.r: 4, 8, 16", or a YAML file of such lines; may be given several times')
+    parser.add_argument("--trials", metavar="N", type=count, default=20, help="trials in all, those of earlier "
+                        "sessions included (default 20)")
+    parser.add_argument("--minutes", metavar="N", type=count, help="no trial begins after so many minutes")
+    parser.add_argument("--storage", metavar="URL", help="a database of Optuna's, such as sqlite:///sweep.db (default: "
+                        "in the sweep's folder, <output-dir>/sweep_<task>_<dataset>)")
+    add_flags(parser)
+
+
+def run_sweep(
+    options: dict,  # what the command line gave
+) -> int:  # 0; 130 when it was stopped before the last trial
+    "Search for the best settings, and say where they are written down"
+    from finetuning_kit.models import load_tokenizer
+    from finetuning_kit.profiles import compose
+    from finetuning_kit.spaces import read_space
+    from finetuning_kit.sweeps import sweep_folder, sweep_settings
+    from finetuning_kit.workflow import prepare_run
+
+    config, screen = compose(layers_of(options)).config, Screen()
+    screen.line("space", "\n".join(map(str, read_space(options["space"], config))))
+    folder, tokenizer = sweep_folder(config), load_tokenizer(config.model_name)
+    config, data, _, notes = prepare_run(config, tokenizer)
+    for note in notes:
+        screen.line("note", note)
+    rows = data.train_rows.rows, data.eval_rows.rows
+    found = sweep_settings(config, options["space"], *rows, n_trials=options["trials"], minutes=options["minutes"],
+                           seed=config.training.seed, storage=options["storage"], folder=folder, tokenizer=tokenizer,
+                           on_event=lambda event: "record" in event and screen.line("trial", str(event["record"])))
+    screen.line("best", str(found.best or "none has finished"))
+    if found.best:  # a line of its own, however long, so that it can be copied
+        line = f"finetuning-kit train --config {folder / 'best.yaml'}"
+        screen.console.print(f"\n    {line}\n", soft_wrap=True, markup=False, highlight=False)
+    return 130 if found.interrupted else 0
+
 # %% ../nbs/66_cli.ipynb #b9cf51c2
 def add_lr_find(
     parser: argparse.ArgumentParser,  # of the command
@@ -450,6 +493,7 @@ COMMANDS = {  # name -> help, flags, run
     "lr-find": ("find a learning rate before a long run, for a tenth of what a sweep costs", add_lr_find, run_lr_find),
     "rehearse": ("try a run in short: one batch by heart, and once everything else that it will do", add_rehearse,
                  run_rehearse),
+    "sweep": ("search for the best settings with Optuna; the same line again goes on", add_sweep, run_sweep),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),

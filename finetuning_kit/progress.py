@@ -5,13 +5,11 @@
 # %% ../nbs/51_progress.ipynb #de253907
 from __future__ import annotations
 
-import gc
 import math
 import signal
 import sys
 import statistics
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +17,11 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['EARLY', 'MEASURES', 'write_weights', 'trainable_bytes', 'save_weights', 'Vitals', 'Progress', 'StepProgress',
            'early_end', 'RunProgress', 'where_it_broke', 'what_is_left', 'not_finite', 'spike_error', 'interrupts',
-           'peak_memory', 'memory_guard']
+           'peak_memory']
 
 # %% ../nbs/51_progress.ipynb #26081976
 from .checkpoints import best_steps, evals_since_best, library_versions, saved_checkpoints
-from .config import FineTuningConfig, TrainingConfig
+from .config import TrainingConfig
 from .processes import agree, is_main_process, whole_weights
 from .runs import RunFolder, staged
 from .settings import FinetuningError
@@ -114,13 +112,14 @@ class Progress(TrainerCallback):
         self.vitals, self.run_id = Vitals(saved.get("norms"), saved.get("losses")), saved["run_id"]
         self.drift, self.settings = saved["drift"], settings or TrainingConfig()
         self.step_loss, self.n_steps, self.stop_reason, self.signal = 0.0, 0, None, None
-        self.warnings = list(saved.get("warnings", []))
+        self.warnings, self.portions = list(saved.get("warnings", [])), dict(saved.get("portions", {}))
+        self.attempt = None  # what the trainer is doing, for the day when the memory is full
 
     def memory(self) -> dict:  # goes into every checkpoint
         "Collect what the run must remember to go on as if nothing had happened."
         return {"fingerprint": self.fingerprint, "history": self.history, "window": self.window, "run_id": self.run_id,
                 "norms": self.vitals.norms, "losses": self.vitals.losses, "warnings": self.warnings,
-                "versions": library_versions()}
+                "portions": self.portions, "versions": library_versions()}
 
     def emit(
         self,
@@ -317,30 +316,3 @@ def peak_memory(
         return 0.0
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-@contextmanager
-def memory_guard(
-    config: FineTuningConfig,  # what was tried
-):
-    "Turn a full memory into advice, and let go of what filled it."
-    full = None
-    try:
-        yield
-    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-        if not is_full and "can't allocate memory" not in str(error):
-            raise
-        full = str(error).split("\n")[0]
-        traceback.clear_frames(error.__traceback__)  # the tensors of the failed attempt
-    if full is not None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        t, size = config.training, config.training.per_device_train_batch_size
-        advice = ("set `gradient_checkpointing: true`" if size == 1 else
-                  f"halve `per_device_train_batch_size` ({size}) and double `gradient_accumulation_steps` "
-                  f"({t.gradient_accumulation_steps}): the steps stay the same")
-        raise FinetuningError(f"the memory is full (peak {peak_memory():.1f} GiB; batch {size}, length "
-                              f"{config.max_seq_length}); "
-                              f"{advice}; or lower `max_seq_length`")

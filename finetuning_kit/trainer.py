@@ -357,6 +357,7 @@ def make_trainer(
     rows: tuple[list[EncodedRow], list[EncodedRow]],  # to learn from, to measure on
     progress: RunProgress,  # hears what happens
     callbacks: tuple = (),  # TrainerCallbacks that hear it first, and may add to the figures of an evaluation
+    kind: type = KitTrainer,  # the class of trainer
 ) -> KitTrainer:  # ready to run
     "Build the trainer of a run."
     train_rows, eval_rows = rows
@@ -372,7 +373,7 @@ def make_trainer(
         train_rows = fill_up(train_rows, arguments.train_batch_size * n_processes())
         eval_rows = fill_up(eval_rows, arguments.eval_batch_size * n_processes())
     optimizer = method_optimizer(config, model, *SFTTrainer.get_optimizer_cls_and_kwargs(arguments, model))
-    trainer = KitTrainer(
+    trainer = kind(
         model=model, args=arguments, optimizers=(optimizer, None), processing_class=tokenizer, progress=progress,
         train_dataset=to_dataset(train_rows), eval_dataset=to_dataset(eval_rows) if eval_rows else None,
         rows=train_rows, keep=config.training.save_total_limit,

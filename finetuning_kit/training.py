@@ -29,8 +29,10 @@ from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, l
 from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
 from .processes import announce_failure, is_main_process, join_processes, meet, n_processes
 from .processes import shards_weights
-from .progress import EARLY, RunProgress, early_end, interrupts, memory_guard, save_weights
+from .progress import EARLY, RunProgress, early_end, interrupts, save_weights
 from .proof import load_weights, prove, remember, room_note
+from .relief import MemoryFull, RelievedTrainer, batch_in_use, free_memory, memory_guard
+from .relief import relief_notes
 from .runs import RunFolder, check_given, disk_guard
 from .settings import FinetuningError
 from .encoding import EncodedRow
@@ -114,6 +116,7 @@ def describe_start(
         n_rows={"train": len(rows[0]), "eval": len(rows[1])}, n_parameters=vars(count), notes=run.notes,
         device=str(run.model.device), fingerprint=fingerprint, drift=record.get("drift", []) + drift,
         warm_start=str(source) if source else None,
+        batch=batch_in_use(run.config.training, start.saved.get("portions", {})),
         versions={"finetuning_kit": finetuning_kit.__version__, **library_versions()})
 
 # %% ../nbs/57_training.ipynb #a4a086a5
@@ -125,7 +128,7 @@ def run_steps(
     callbacks: tuple = (),  # TrainerCallbacks that hear it first
 ) -> bool:  # whether all steps are done
     "Let the trainer run; nothing of it stays behind."
-    trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks)
+    trainer = make_trainer(run.config, run.model, run.tokenizer, rows, progress, callbacks, RelievedTrainer)
     if checkpoint:
         over = early_end(progress.history, run.config.training)
         if over or checkpoint_step(checkpoint) >= run.config.training.total_steps(len(rows[0]), n_processes()):
@@ -168,8 +171,8 @@ def open_run(
         set_aside(folder, start.saved["step"])
     config, packed = settle_speed(config, model, rows[0])
     shares = [f"rows: {schedule_lines(config.training, None, n_processes())['effective batch']}"] * (n_processes() > 1)
-    notes += settled + suited + method_notes(config, model) + packed + shares + start.notes + room_note(folder, model)
-    run = TrainedRun(model, tokenizer, folder, config, notes=notes)
+    notes += [*settled, *suited, *method_notes(config, model), *packed, *shares, *start.notes, *relief_notes(config)]
+    run = TrainedRun(model, tokenizer, folder, config, notes=notes + room_note(folder, model))
     fingerprint["base_weights"] = fingerprint["base_weights"] or base_fingerprint(config.model_name)
     if is_main_process():
         describe_start(run, rows, fingerprint, start, source)
@@ -188,7 +191,8 @@ def run_loop(
     "Train until the end, a stop or a failure."
     began, run.start = time.time(), remember(run.model, rows[0])
     try:
-        with own_forward(run.model), memory_guard(run.config), interrupts(progress), fast_paths(run.config, run.model):
+        with (memory_guard(run.config, progress, rows, run.model), own_forward(run.model), interrupts(progress),
+              fast_paths(run.config, run.model)):
             done = run_steps(run, progress, rows, checkpoint, callbacks)
     finally:
         run.seconds, run.notes = time.time() - began, run.notes + progress.warnings
@@ -261,11 +265,13 @@ def train(
             finish_run(run)
             progress.emit("end", step=run.n_steps, status=run.status)
         except BaseException as error:
-            run.status, run.model = "failed", None  # a notebook keeps this frame: the model must not stay with it
+            run.status, run.model, run.start = "failed", None, None  # a notebook keeps this frame: let go of the model
             with suppress(FinetuningError, OSError):
                 reason = str(error) or type(error).__name__
                 reason = announce_failure(reason) or reason
                 run.folder.update_json("run.json", status=run.status, reason=reason, notes=run.notes)
                 progress.emit("end", status=run.status, reason=reason)
+            if isinstance(error, MemoryFull):
+                free_memory()
             raise
     return run

@@ -14,7 +14,7 @@ from finetuning_kit.config import load_config
 from finetuning_kit.profiles import demo_config
 from finetuning_kit.encoding import EncodedRow
 from finetuning_kit.models import load_model, load_tokenizer
-from finetuning_kit.progress import memory_guard
+from finetuning_kit.relief import memory_guard
 from finetuning_kit.runs import RunFolder
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.trainer import check_fit, check_rows, check_settings
@@ -70,9 +70,9 @@ def silent_row():
 FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 FAULTS = {  # fault -> what brings it about, words of the sentence, words of the way out
     "memory of the GPU is full": (lambda place: out_of_memory(FULL, per_device_train_batch_size=8),
-                                  "the memory is full (peak", "halve `per_device_train_batch_size` (8)"),
+                                  "the memory is full", "`per_device_train_batch_size: 4` and `gradient_accumulation_steps: 2`"),
     "memory is full with one row": (lambda place: out_of_memory(MemoryError(), per_device_train_batch_size=1),
-                                    "the memory is full (peak", "set `gradient_checkpointing: true`"),
+                                    "the memory is full", "`gradient_checkpointing: true`"),
     "no token for the loss": (lambda place: check_rows([silent_row()], []), "hold no token for the loss",
                               "raise `max_seq_length`"),
     "no rows": (lambda place: check_rows([], []), "there are no training rows", "at least one row"),
