@@ -20,7 +20,8 @@ __all__ = ['WIDEST', 'trial_config', 'TrialProgress', 'chance_state', 'set_chanc
 from .config import USUAL_RATE, FineTuningConfig, parse_rate
 from .encoding import EncodedRow
 from .models import quiet_libraries
-from .progress import StepProgress, memory_guard
+from .progress import StepProgress
+from .relief import memory_guard
 from .runs import RunFolder
 from .settings import FinetuningError
 from .speed import fast_paths
