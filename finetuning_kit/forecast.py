@@ -112,7 +112,7 @@ def probe_pace(
         step()
     return Pace(flops, bandwidth, quickest(step) / tally.n_ops)
 
-# %% ../nbs/53b_forecast.ipynb #42f6ffae
+# %% ../nbs/53b_forecast.ipynb #2a411513
 @dataclass(frozen=True)
 class Gpu:
     "A GPU, by what it gives a run"
@@ -140,8 +140,8 @@ GPUS = {
     "T4": Gpu(14.5, 65, 8.1, 320, 7.5), "T4 x2": Gpu(14.5, 65, 8.1, 320, 7.5, 2, "a whole copy on each"),
     "P100": Gpu(15.8, 18.7, 9.3, 732, 6.0, 1, OLD), "L4": Gpu(22.0, 121, 30.3, 300, 8.9),
     "A10": Gpu(22.0, 125, 31.2, 600, 8.6), "RTX 3090": Gpu(23.6, 71, 35.6, 936, 8.6),
-    "RTX 4090": Gpu(23.5, 165, 82.6, 1008, 8.9), "A100 40GB": Gpu(39.4, 312, 19.5, 1555, 8.0),
-    "A100 80GB": Gpu(79.1, 312, 19.5, 2039, 8.0), "H100": Gpu(79.1, 989, 67, 3350, 9.0)}
+    "RTX 4090": Gpu(23.5, 165, 82.6, 1008, 8.9), "A100 40G": Gpu(39.4, 312, 19.5, 1555, 8.0),
+    "A100 80G": Gpu(79.1, 312, 19.5, 2039, 8.0), "H100": Gpu(79.1, 989, 67, 3350, 9.0)}
 
 
 def gpu_of(
@@ -154,7 +154,7 @@ def gpu_of(
         raise FinetuningError(f"no GPU called {name!r} is known; known are {', '.join(GPUS)}")
     return plain[key], GPUS[plain[key]]
 
-# %% ../nbs/53b_forecast.ipynb #412b1297
+# %% ../nbs/53b_forecast.ipynb #dec9ad88
 @dataclass(frozen=True)
 class Span:
     "A likely value, and the ends of its 95 % interval"
@@ -173,10 +173,11 @@ class Span:
     def words(
         self,
         units: tuple,  # `BYTES` or `SECONDS`
-    ) -> str:  # such as "9.3 GiB (8.1 to 10.9)"
+    ) -> str:  # such as "9.3 GiB (8.1 to 11)"
         "Write it for people, in one unit."
         size, unit = next((size, unit) for limit, size, unit in units if self.likely < limit)
-        low, likely, high = (f"{value / size:,.3g}" for value in (self.low, self.likely, self.high))
+        ends = [value / size for value in (self.low, self.likely, self.high)]
+        low, likely, high = (f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}" for value in ends)
         return f"{likely} {unit} ({low} to {high})"
 
 
@@ -196,7 +197,7 @@ def memory_span(
     times, beside = HELD["gpu" if on_gpu else "cpu"]
     return times.scaled(tensors).plus(beside.scaled(GIB))
 
-# %% ../nbs/53b_forecast.ipynb #7493a33c
+# %% ../nbs/53b_forecast.ipynb #6823a346
 @dataclass
 class Fit:
     "One device's answer"
@@ -246,23 +247,25 @@ class Forecast:
 
     def _repr_markdown_(self):
         head = ["device", "fits", "usable", "memory (95 %)", "time (95 %)", "note"]
-        devices = markdown_table(head, [fit.row() for fit in [self.here, *self.gpus]])
+        others = [fit for fit in self.gpus if fit.name != self.here.name]
+        devices = markdown_table(head, [fit.row() for fit in [self.here, *others]])
         return f"{self.here.budget._repr_markdown_()}\n\n{devices}"
 
     def lines(self) -> list[tuple]:
         "Title and text for a terminal of 80 columns."
         fit, moments = self.here, self.here.budget.moments
-        size, unit = (GIB, "GiB") if fit.budget.peak > GIB else (2**20, "MiB")
+        size, unit = (GIB, "GiB") if fit.budget.peak > 2 * GIB else (2**20, "MiB")
         parts = [f"{unit:11}" + "".join(f"{moment:>11}" for moment in moments)]
         parts += [f"{part:11}" + "".join(f"{sizes[part] / size:11.2f}" for sizes in moments.values()) for part in PARTS]
-        devices = [f"{'':10} {'fits':8} {'GiB of':>6}  {'memory, 95 %':21} time, 95 %"]
-        for each in [fit, *self.gpus]:
+        devices = [f"{'':9} {'fits':8} {'GiB':>5}  {'memory':20} time"]
+        for each in [fit, *(gpu for gpu in self.gpus if gpu.name != fit.name)]:
             took = each.time.words(SECONDS) if each.time else f"{each.step.words(SECONDS)}/step"
-            devices.append(f"{each.name[:10]:10} {each.verdict:8} {each.usable / GIB:6.1f}  "
-                           f"{each.memory.words(BYTES):21} {took}")
-        told = [f"{each.name}: {note}" for each in [fit, *self.gpus] for note in each.notes]
+            devices.append(f"{each.name:9} {each.verdict:8} {each.usable / GIB:5.1f}  "
+                           f"{each.memory.words(BYTES):20} {took}")
+        told = dict.fromkeys(f"{each.name}: {note}" for each in [fit, *self.gpus] for note in each.notes)
         steps = f"{fit.n_steps:,} optimizer steps" if fit.n_steps else "name --rows for the time of the whole run"
-        end = f"{fit.name}: fits {fit.verdict}; {steps}; loading, evaluation and saving come on top of the time"
+        end = (f"{fit.name}: fits {fit.verdict}; {steps}; brackets hold 95 %; loading, evaluation and saving come on top "
+               "of the time")
         return [("trains", str(fit.budget.count)), ("memory", "\n".join(parts)), ("devices", "\n".join(devices)),
                 ("note", "\n".join(told)), ("forecast", end)]
 

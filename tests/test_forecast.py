@@ -1,0 +1,86 @@
+"""The forecast: every method, the command, and what it says of settings and models that make no sense."""
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from finetuning_kit.budget import base_shape, memory_budget, planned_model
+from finetuning_kit.cli import main
+from finetuning_kit.config import USUAL_RATE, VARIANTS
+from finetuning_kit.forecast import GPUS, estimate
+from finetuning_kit.machine import has_bitsandbytes
+from finetuning_kit.methods import prepare_method
+from finetuning_kit.models import count_parameters, load_model, quiet_libraries
+from finetuning_kit.profiles import demo_config
+from finetuning_kit.settings import FinetuningError
+
+DEEP = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+                   num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("method", [*USUAL_RATE, *VARIANTS])
+def test_every_method_has_a_budget(method):
+    "Each way to train is planned, traced, and takes memory for what it trains."
+    config = demo_config(method=method)
+    budget = memory_budget(config, DEEP, rows=2, length=16)
+    assert 0 < budget.count.trainable <= budget.count.total
+    assert budget.peak > budget.parts["weights"] > 0 and budget.work["flops"] > 0
+    assert budget.moments["update"]["gradients"] == 4 * budget.count.trainable
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "freeze", "adalora", "ia3", "prefix", "prompt", "p_tuning",
+                                    "ln_tuning"])
+def test_counts_are_those_of_the_real_model(method):
+    "A model of shapes has the parameters of the model that a run would train."
+    config = demo_config(method=method)
+    with quiet_libraries():
+        real = prepare_method(config, load_model("pocket"))[0]
+    assert count_parameters(planned_model(config, base_shape("pocket"))) == count_parameters(real)
+
+
+def test_what_saves_memory_saves_it():
+    "Checkpointing, fewer rows, shorter rows, a smaller optimizer: each takes less."
+    config = demo_config(method="full", bf16=True)
+    start = memory_budget(config, DEEP, 8, 64)
+    for changes, rows, length in (({"gradient_checkpointing": True}, 8, 64), ({}, 4, 64), ({}, 8, 32)):
+        less = memory_budget(config.replace(**changes), DEEP, rows, length)
+        assert less.moments["loss"]["activations"] < start.moments["loss"]["activations"]
+    less = memory_budget(config.replace(optim="adafactor"), DEEP, 8, 64)
+    assert less.moments["update"]["optimizer"] < start.moments["update"]["optimizer"] / 4
+
+
+def test_the_command_prints_tables_and_json(capsys):
+    "`estimate` for a device, in words and as JSON."
+    assert main(["estimate", "--rows", "320", "--length", "60", "--gpu", "l4"]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters train" in shown and "60 optimizer steps" in shown and "P100" in shown
+    assert main(["estimate", "--rows", "320", "--gpu", "L4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["here"]["device"] == "L4" and [each["device"] for each in told["gpus"]] == list(GPUS)
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--gpu", "abacus"], "no GPU called 'abacus'"), (["--base-model", "./no/such/folder"], "neither"),
+    (["--rows", "0"], "at least one row"), (["--r", "0"], "`lora.r` must be at least 1")])
+def test_nonsense_ends_in_a_sentence(words, reason, capsys):
+    "Bad input: exit code 2, one sentence."
+    with pytest.raises(SystemExit) as end:
+        main(["estimate", *words])
+    assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_traced_is_told():
+    "A model whose path depends on numbers is refused in a sentence, not with a traceback."
+    with pytest.raises(FinetuningError, match="no `hidden_size`"):
+        estimate(demo_config(), machine="T4", shape=LlamaConfig(hidden_size=0, num_attention_heads=1))
+
+
+@pytest.mark.skipif(not has_bitsandbytes(), reason="needs bitsandbytes")
+def test_four_bits_are_counted_as_they_lie():
+    "Rounded weights take what bitsandbytes gives them."
+    config = demo_config(method="qlora")
+    real = load_model("pocket", load_in_4bit=True)
+    lying = sum(p.numel() * p.element_size() for p in real.parameters() if p.dtype.itemsize == 1)
+    whole = sum(p.numel() for p in real.parameters() if p.dtype.itemsize > 1)
+    told = memory_budget(config, base_shape("pocket"), 1, 16).parts["weights"]
+    assert abs(told - (lying * 1.0317 + 4 * whole)) < 0.02 * told
