@@ -159,10 +159,10 @@ def show(pieces) -> None:
               f"{regret_of(piece, of_fall=True):+7.2%} {found['cost']:6.1%}")
     for kind, words in (("A", "adapters"), ("F", "all weights")):
         for which, some in (("all", done), ("not those that HURRY was set on", done.keys() - SET_ON)):
-            pieces = [done[name] for name in some if name[0] == kind]
-            if pieces:
-                of_best, of_fall = ([regret_of(piece, fall) for piece in pieces] for fall in (False, True))
-                print(f"{words}, {which}: {len(pieces)} tasks, median regret {statistics.median(of_best):+.1%}, worst "
+            group = [done[name] for name in some if name[0] == kind]
+            if group:
+                of_best, of_fall = ([regret_of(piece, fall) for piece in group] for fall in (False, True))
+                print(f"{words}, {which}: {len(group)} tasks, median regret {statistics.median(of_best):+.1%}, worst "
                       f"{max(of_best):+.1%}; of the fall {statistics.median(of_fall):+.2%}, {max(of_fall):+.2%}")
 
 
