@@ -52,6 +52,17 @@ def test_a_short_run_leaves_a_model_as_it_was(parts, method):
     assert (first.losses, first.eval_loss) == (second.losses, second.eval_loss) and len(first.losses) == 3
 
 
+def test_a_base_in_four_bits_is_as_it_was(parts):
+    pytest.importorskip("bitsandbytes")
+    config, tokenizer, rows = parts
+    model = load_model("pocket", load_in_4bit=True)
+    before = weights(model)
+    short = trial_config(config.replace(load_in_4bit=True), 64, 1e-3, 2)
+    assert len(try_rate(short, model, tokenizer, rows).losses) == 2
+    for name, (value, trains, dtype) in weights(model).items():
+        assert torch.equal(before[name][0], value) and before[name][1:] == (trains, dtype), name
+
+
 def test_a_search_keeps_to_its_budget_and_tells_its_price(parts):
     config, tokenizer, rows = parts
     found = lr_find(config, *rows, tokenizer=tokenizer)

@@ -128,10 +128,10 @@ def study(name, piece, save) -> None:
     def train(rate):
         return try_rate(trial_config(config, len(rows[0]), rate, n_steps), model, tokenizer, rows).eval_loss
 
+    if "before" not in piece:  # a step too small to change anything
+        piece["before"] = try_rate(trial_config(config, len(rows[0]), 1e-12, 1), model, tokenizer, rows).eval_loss
     if "sweep" not in piece:
-        began = time.process_time()
         piece["sweep"] = sweep(train, *rate_range(config))
-        piece["run_cpu_s"] = (time.process_time() - began) / len(piece["sweep"])
         save()
     if "found" not in piece:
         began = time.process_time()
@@ -141,27 +141,29 @@ def study(name, piece, save) -> None:
         save()
 
 
-def regret_of(piece) -> float:
-    "How far above the best of the sweep, as a share of it."
-    return piece["loss"] / min(loss for _, loss in piece["sweep"]) - 1
+def regret_of(piece, of_fall=False) -> float:
+    "How far above the best of the sweep, as a share of it, or of how far the loss fell from the untrained model's."
+    best = min(loss for _, loss in piece["sweep"])
+    return (piece["loss"] - best) / (piece["before"] - best if of_fall else best)
 
 
 def show(pieces) -> None:
     "Print a line for each task, and the figures of each kind."
     print(f"{'task':5} {'method':10} {'steps':>5} {'best':>10} {'loss':>7} {'found':>8} {'loss':>7} {'regret':>7} "
-          f"{'steps':>6} {'CPU':>6}")
+          f"{'of fall':>7} {'steps':>6}")
     done = {name: piece for name, piece in pieces.items() if "loss" in piece}
     for name, piece in sorted(done.items()):
         best, found = min(piece["sweep"], key=lambda point: point[1]), piece["found"]
-        cpu, regret = piece["found_cpu_s"] / (N_SWEEP * piece["run_cpu_s"]), regret_of(piece)
         print(f"{name:5} {found['method']:10} {found['n_total']:5} {best[0]:10.2e} {best[1]:7.3f} "
-              f"{found['suggestion']:8.2e} {piece['loss']:7.3f} {regret:+7.1%} {found['cost']:6.1%} {cpu:6.1%}")
+              f"{found['suggestion']:8.2e} {piece['loss']:7.3f} {regret_of(piece):+7.1%} "
+              f"{regret_of(piece, of_fall=True):+7.2%} {found['cost']:6.1%}")
     for kind, words in (("A", "adapters"), ("F", "all weights")):
-        regrets = sorted(regret_of(piece) for name, piece in done.items() if name[0] == kind and name not in SET_ON)
-        if regrets:
-            ninth = regrets[min(len(regrets) - 1, int(0.9 * len(regrets)))]
-            print(f"{words}: {len(regrets)} tasks, median regret {statistics.median(regrets):+.1%}, nine of ten up to "
-                  f"{ninth:+.1%}, worst {regrets[-1]:+.1%}")
+        for which, some in (("all", done), ("not those that HURRY was set on", done.keys() - SET_ON)):
+            group = [done[name] for name in some if name[0] == kind]
+            if group:
+                of_best, of_fall = ([regret_of(piece, fall) for piece in group] for fall in (False, True))
+                print(f"{words}, {which}: {len(group)} tasks, median regret {statistics.median(of_best):+.1%}, worst "
+                      f"{max(of_best):+.1%}; of the fall {statistics.median(of_fall):+.2%}, {max(of_fall):+.2%}")
 
 
 def main() -> None:
