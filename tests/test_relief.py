@@ -1,4 +1,4 @@
-"""A full memory in a whole run: gone around, told, remembered by checkpoints, or ended with a plan and nothing left over."""
+"""A full memory in a whole run: gone around and told, remembered by checkpoints, or ended with a plan."""
 import gc
 import json
 import shutil

@@ -70,7 +70,7 @@ def silent_row():
 FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 FAULTS = {  # fault -> what brings it about, words of the sentence, words of the way out
     "memory of the GPU is full": (lambda place: out_of_memory(FULL, per_device_train_batch_size=8),
-                                  "the memory is full", "`per_device_train_batch_size: 4` and `gradient_accumulation_steps: 2`"),
+                                  "the memory is full", "`per_device_train_batch_size: 4` and `gradient_accumulation"),
     "memory is full with one row": (lambda place: out_of_memory(MemoryError(), per_device_train_batch_size=1),
                                     "the memory is full", "`gradient_checkpointing: true`"),
     "no token for the loss": (lambda place: check_rows([silent_row()], []), "hold no token for the loss",
