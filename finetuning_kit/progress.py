@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['EARLY', 'MEASURES', 'write_weights', 'trainable_bytes', 'save_weights', 'Vitals', 'Progress', 'StepProgress',
-           'early_end', 'RunProgress', 'where_it_broke', 'what_is_left', 'not_finite', 'spike_error', 'interrupts',
-           'peak_memory', 'memory_guard']
+__all__ = ['EARLY', 'MEASURES', 'write_weights', 'trainable_bytes', 'save_weights', 'Vitals', 'Progress', 'strange_start',
+           'heart_words', 'StepProgress', 'early_end', 'RunProgress', 'where_it_broke', 'what_is_left', 'not_finite',
+           'spike_error', 'interrupts', 'peak_memory', 'memory_guard']
 
 # %% ../nbs/51_progress.ipynb #26081976
 from .checkpoints import best_steps, evals_since_best, library_versions, saved_checkpoints
@@ -132,6 +132,31 @@ class Progress(TrainerCallback):
         if self.on_event and is_main_process():
             self.on_event(event)
 
+# %% ../nbs/51_progress.ipynb #c85451da
+def strange_start(
+    model,  # that is trained; None: not known
+    loss: float,  # of the first step, before any weight moved
+) -> str:  # a sentence; empty where a trained model might start so
+    "Say when a model begins worse than by guessing blindly."
+    n_ids = model.config.get_text_config().vocab_size if hasattr(model, "config") else 0
+    if not n_ids or not loss > math.log(n_ids):
+        return ""
+    return (f"the first loss ({loss:.3g}) is above that of guessing blindly among {n_ids:,} tokens "
+            f"({math.log(n_ids):.3g}); see whether tokenizer, template and base belong together")
+
+
+def heart_words(
+    history: list[dict],  # log points and evaluations, by step
+) -> str:  # a sentence; empty where the last evaluation is about the best
+    "Say when a run went on after it had learned what it could."
+    evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    best = best_steps(history, "eval_loss", 1)
+    if not best or list(evals.values())[-1] <= evals[best[0]] * 1.1 + 0.02:
+        return ""
+    return (f"the held-out loss was lowest at step {best[0]} ({evals[best[0]]:.3g}) and ended at "
+            f"{list(evals.values())[-1]:.3g}: from there on the rows were learned by heart; `best_model` is from "
+            f"step {best[0]}, and `early_stopping` ends a run there")
+
 # %% ../nbs/51_progress.ipynb #ca3f77b2
 class StepProgress(Progress):
     "The same, heard at every step."
@@ -151,9 +176,11 @@ class StepProgress(Progress):
         self.n_steps = state.max_steps
         self.emit("start", step=state.global_step, n_steps=self.n_steps)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         "Report a step, and pass on the wish to stop."
         self.step_loss, _ = agree(self.step_loss)
+        if state.global_step == 1 and (words := strange_start(model, self.step_loss)):
+            self.warn("start", 1, words)
         self.window.append(self.step_loss)
         self.emit("step", step=state.global_step, n_steps=self.n_steps, loss=self.step_loss)
         self.step_loss = 0.0

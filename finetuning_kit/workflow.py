@@ -18,7 +18,7 @@ from pathlib import Path
 # %% ../nbs/62_workflow.ipynb #5233f83a
 from .checkpoints import find_checkpoint, find_start, run_fingerprint, warm_weights
 from .cockpit import free_folder
-from .config import FineTuningConfig
+from .config import FineTuningConfig, cautions
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
 from .machine import probe_machine, resolve_config
@@ -208,7 +208,7 @@ def prepare_run(
     if on_event is not None:
         on_event({"type": "stage", "name": "data", "config": config, "data": data, "row_view": row_view,
                   "machine": str(probe_machine()), "notes": notes})
-    return config, data, row_view, notes
+    return config, data, row_view, notes + cautions(config, len(data.train_rows))
 
 # %% ../nbs/62_workflow.ipynb #f53b5ac1
 def start_account(
