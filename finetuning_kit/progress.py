@@ -151,7 +151,7 @@ def heart_words(
     "Say when a run went on after it had learned what it could."
     evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     best = best_steps(history, "eval_loss", 1)
-    if not best or list(evals.values())[-1] <= evals[best[0]] * 1.1 + 0.02:
+    if not best or not list(evals.values())[-1] > evals[best[0]] * 1.1 + 0.02:
         return ""
     return (f"the held-out loss was lowest at step {best[0]} ({evals[best[0]]:.3g}) and ended at "
             f"{list(evals.values())[-1]:.3g}: from there on the rows were learned by heart; `best_model` is from "

@@ -35,6 +35,7 @@ from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
 from .tokens import encode_prompt
+from .trainer import check_fit
 from .training import TrainedRun, train
 from .watching import tracked_rows
 
@@ -323,6 +324,7 @@ def fine_tune(
     folder = open_place(config, folder, rows, resume)
     model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=base_precision(config),
                        device=config.device_map)
+    check_fit(rows[0] + rows[1], model)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
     before = measure(model, tokenizer, config, data, max_answers)
