@@ -156,7 +156,7 @@ def go(
                        resume=scene.resume, max_answers=8)
     return Heard(result.status, result.notes + words_of(result.data), result)
 
-# %% ../nbs/62d_faults.ipynb #40ebc33b
+# %% ../nbs/62d_faults.ipynb #543817ea
 FAMILIES = ("data", "template", "tokens", "settings", "run", "checkpoint", "merge")
 CAUGHT = ("refused", "stopped", "suspect", "told", "cured")
 
@@ -181,6 +181,7 @@ class Verdict:
     when: str  # "before step 1", "step 3", "at the end"
     sentence: str  # in which it was caught; of a fault that was missed, what was said instead
     seconds: float  # it took
+    finished: bool = False  # whether the attempt came to its end, unsuspected
 
     @property
     def caught(self) -> bool:
@@ -221,7 +222,7 @@ def attempt(
     except Exception as error:  # noqa: BLE001 (whatever escapes is a fault of the kit, and counts as one)
         return "crashed", [f"{type(error).__name__}: {error}"], None
 
-# %% ../nbs/62d_faults.ipynb #1b8090e1
+# %% ../nbs/62d_faults.ipynb #d92bad49
 def judge_fault(
     fault: Fault,  # the case
     keeper: Keeper,  # makes the scene, and lends runs
@@ -242,7 +243,9 @@ def judge_fault(
     elif fault.proof is not None and found is not None and fault.proof(scene, found):
         outcome, sentence, when = "cured", "made impossible, which was checked", "before step 1"
     shown = sentence or " | ".join(said)
-    return Verdict(fault, outcome, when, shown, time.perf_counter() - began)
+    when = "before the merge" if fault.family == "merge" and outcome == "refused" else when
+    finished = found is not None and status in ("finished", "prepared")
+    return Verdict(fault, outcome, when, shown, time.perf_counter() - began, finished)
 
 # %% ../nbs/62d_faults.ipynb #1cd30607
 class Crash(Exception):

@@ -85,16 +85,17 @@ class Vitals:
         self,
         norm: float,  # the gradient's length in this step, before it is shortened
         loss: float,  # this step's loss
-    ) -> str:  # "spike", "gradient", "frozen", or "" when nothing is odd
+    ) -> str:  # "spike", "gradient", "loss", "frozen", or "" when nothing is odd
         "Judge a step by the twenty before it, and remember it."
-        high = wide = False
+        high = wide = far = False
         if len(self.norms) >= 5:
             usual, level = statistics.median(self.norms), statistics.median(self.losses)
             wide, high = norm > 10 * usual > 0, loss > max(2 * level, level + 0.2)
+            far = loss > max(2.5 * level, level + 3)
         self.norms, self.losses = [*self.norms, norm][-20:], [*self.losses, loss][-20:]
         if self.norms[-5:] == [0.0] * 5 and any(self.norms[-6:-5] or [1.0]):
             return "frozen"
-        return "spike" if wide and high else "gradient" if wide else ""
+        return "spike" if wide and high else "gradient" if wide else "loss" if far else ""
 
 # %% ../nbs/51_progress.ipynb #88713db3
 class Progress(TrainerCallback):

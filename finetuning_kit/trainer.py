@@ -228,6 +228,7 @@ class WatchfulTrainer(QuietTrainer):
             raise spike_error(self.where(step), self.progress)
         texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together, and the step was taken, for "
                           "`on_spike` is warn", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
+                 "loss": f"the loss jumped: {self.where(step) if odd == 'loss' else ''}; look at these rows",
                  "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and the labels"}
         if odd:
             self.progress.warn(odd, step, texts[odd])
