@@ -13,17 +13,17 @@ from unittest.mock import patch
 
 # %% auto #0
 __all__ = ['RUNS', 'CHECKPOINTS', 'NAN', 'MERGES', 'spoil_weight', 'poison', 'run_full', 'repeat_rows', 'narrow_disk',
-           'take_folder', 'same_curve', 'go_on', 'flip_bit', 'strip_state', 'exchange_library', 'go_on_elsewhere',
-           'invite_guest', 'lent_adapter', 'compare_merged', 'merge_it', 'fold_twice', 'four_bits', 'serve_as_trained',
-           'on_adapter', 'as_pickle']
+           'take_folder', 'same_curve', 'go_on', 'flip_bit', 'strip_state', 'go_on_elsewhere', 'exchange_library',
+           'change_base', 'invite_guest', 'lent_adapter', 'compare_merged', 'merge_it', 'fold_twice', 'four_bits',
+           'serve_as_trained', 'on_adapter', 'as_pickle']
 
 # %% ../nbs/62f_breakdowns.ipynb #94bc9139
 import torch
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/62f_breakdowns.ipynb #077e50e0
+# %% ../nbs/62f_breakdowns.ipynb #7a385655
 from .checkpoints import read_seal, seal_checkpoint
-from .faults import Fault, Heard, Scene, SpoiltScene, go, zoo_rows
+from .faults import Case, Heard, Scene, SpoiltScene, go, zoo_rows
 from .merging import attach_adapter, fold_adapter, merge_lora_weights, verify_merge
 from .models import load_model, load_tokenizer
 from .tokens import encode_prompt
@@ -74,7 +74,7 @@ def narrow_disk(
     usage = shutil.disk_usage(scene.place)._replace(free=2**20)
     scene.within.append(patch("finetuning_kit.proof.shutil.disk_usage", lambda path: usage))
 
-# %% ../nbs/62f_breakdowns.ipynb #82f91262
+# %% ../nbs/62f_breakdowns.ipynb #1fdd31db
 def take_folder(
     scene: SpoiltScene,  # to be spoilt
     resume: str | None = None,  # where it goes on
@@ -97,25 +97,27 @@ def same_curve(
 
 
 RUNS = [
-    Fault("a weight of the base is no number", "run", "training faults, T1", "became nan",
+    Case("a weight of the base is no number", "run", "training faults, T1", "became nan",
           lambda scene: scene.weights(spoil_weight), go),
-    Fault("a rate of one", "run", "training faults", "is much for `method`", lambda scene: scene.set(learning_rate=1.0)),
-    Fault("rows of noise among the others", "run", "training faults", "the loss jumped", poison, go),
-    Fault("a rate at which nothing moves", "run", "complaint 17", "no trained weight moved",
+    Case("a rate of one", "run", "training faults", "is much for `method`",
+          lambda scene: scene.set(learning_rate=1.0)),
+    Case("rows of noise among the others", "run", "training faults", "the loss jumped", poison, go),
+    Case("a rate at which nothing moves", "run", "complaint 17", "no trained weight moved",
           lambda scene: scene.set(learning_rate=1e-30), go),
-    Fault("no gradient reaches the adapter", "run", "training faults", "gradient of 0",
-          lambda scene: scene.weights(lambda all: spoil_weight(all, "model.norm.weight", 0.0)), go),
-    Fault("the memory is full at a step", "run", "complaint 10", "the memory is full", run_full("step"), go),
-    Fault("the memory is full at the first evaluation", "run", "complaint 11", "the memory is full", run_full("eval"), go),
-    Fault("the folder holds another run", "run", "goal K5", "already holds another run", take_folder, go),
-    Fault("a finished run is to go on", "run", "complaint 15", "is complete", lambda scene: take_folder(scene, "auto")),
-    Fault("rows are learned by heart", "run", "complaint 16", "learned by heart", repeat_rows, go),
-    Fault("the disk has a megabyte left", "run", "complaint 9", "make room", narrow_disk, go),
-    Fault("the sum of passes is not the batch", "run", "complaint 14", "", lambda scene: None, same_curve,
+    Case("no gradient reaches the adapter", "run", "training faults", "gradient of 0",
+          lambda scene: scene.weights(lambda weights: spoil_weight(weights, "model.norm.weight", 0.0)), go),
+    Case("the memory is full at a step", "run", "complaint 10", "the memory is full", run_full("step"), go),
+    Case("the memory is full at the first evaluation", "run", "complaint 11", "the memory is full", run_full("eval"),
+          go),
+    Case("the folder holds another run", "run", "goal K5", "already holds another run", take_folder, go),
+    Case("a finished run is to go on", "run", "complaint 15", "is complete", lambda scene: take_folder(scene, "auto")),
+    Case("rows are learned by heart", "run", "complaint 16", "learned by heart", repeat_rows, go),
+    Case("the disk has a megabyte left", "run", "complaint 9", "make room", narrow_disk, go),
+    Case("the sum of passes is not the batch", "run", "complaint 14", "", lambda scene: None, same_curve,
           lambda scene, losses: max(abs(a - b) for a, b in zip(*losses)) < 1e-3),
 ]
 
-# %% ../nbs/62f_breakdowns.ipynb #820cbcaa
+# %% ../nbs/62f_breakdowns.ipynb #f2239fac
 def go_on(
     spoil: Callable | None = None,  # changes the newest checkpoint's folder; None: it stays
     resume: str = "auto",  # where the run goes on
@@ -148,6 +150,16 @@ def strip_state(
         (checkpoint / name).unlink(missing_ok=True)
 
 
+def go_on_elsewhere(
+    spoil: Callable,  # changes the scene
+) -> Callable:  # spoils a scene
+    "Go on, with another base or other rows."
+    def plant(scene):
+        go_on()(scene)
+        spoil(scene)
+    return plant
+
+# %% ../nbs/62f_breakdowns.ipynb #a8f1004d
 def exchange_library(
     checkpoint: Path,  # a checkpoint's folder
 ) -> None:
@@ -158,14 +170,11 @@ def exchange_library(
     seal_checkpoint(checkpoint, **{**content, "versions": {**content["versions"], "trl": "0.9.6"}})
 
 
-def go_on_elsewhere(
-    spoil: Callable,  # changes the scene
-) -> Callable:  # spoils a scene
-    "Go on, with another base or other rows."
-    def plant(scene):
-        go_on()(scene)
-        spoil(scene)
-    return plant
+def change_base(
+    scene: SpoiltScene,  # to be spoilt
+) -> None:
+    "Take a base of the same shape, with slightly other numbers."
+    scene.weights(lambda weights: {name: 1.01 * value for name, value in weights.items()})
 
 
 def invite_guest(
@@ -175,33 +184,35 @@ def invite_guest(
     guest = scene.keeper.trained()[0].folder.checkpoints / "checkpoint-8"
     shutil.copytree(guest, scene.folder.checkpoints / "checkpoint-8")
 
-# %% ../nbs/62f_breakdowns.ipynb #dab8879e
+# %% ../nbs/62f_breakdowns.ipynb #18c7c0e2
 CHECKPOINTS = [
-    Fault("one bit of the optimizer's file changed", "checkpoint", "goal K3", "`optimizer.pt` is not as it was saved",
+    Case("one bit of the optimizer's file changed", "checkpoint", "goal K3", "`optimizer.pt` is not as it was saved",
           go_on(lambda checkpoint: flip_bit(checkpoint / "optimizer.pt")), go),
-    Fault("the weights' file was cut off", "checkpoint", "goal K3", "is not as it was saved",
+    Case("the weights' file was cut off", "checkpoint", "goal K3", "is not as it was saved",
           go_on(lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"cut")), go),
-    Fault("the schedule's file is gone", "checkpoint", "goal K3", "`scheduler.pt` is missing",
+    Case("the schedule's file is gone", "checkpoint", "goal K3", "`scheduler.pt` is missing",
           go_on(lambda checkpoint: (checkpoint / "scheduler.pt").unlink()), go),
-    Fault("a checkpoint holds weights only", "checkpoint", "complaint 15", "warm start", go_on(strip_state, "checkpoint-4")),
-    Fault("a checkpoint bears another's name", "checkpoint", "goal K3", "under another name",
+    Case("a checkpoint holds weights only", "checkpoint", "complaint 15", "warm start",
+          go_on(strip_state, "checkpoint-4")),
+    Case("a checkpoint bears another's name", "checkpoint", "goal K3", "under another name",
           go_on(lambda checkpoint: checkpoint.rename(checkpoint.with_name("checkpoint-6"))), go),
-    Fault("the rate changed between two halves", "checkpoint", "goal K4", "`learning_rate` was", go_on(learning_rate=1e-4), go),
-    Fault("the batch changed between two halves", "checkpoint", "goal K4", "`per_device_train_batch_size` was",
+    Case("the rate changed between two halves", "checkpoint", "goal K4", "`learning_rate` was",
+          go_on(learning_rate=1e-4), go),
+    Case("the batch changed between two halves", "checkpoint", "goal K4", "`per_device_train_batch_size` was",
           go_on(per_device_train_batch_size=4), go),
-    Fault("the rows changed between two halves", "checkpoint", "goal K4; complaint 15", "`train_rows` are not the same",
+    Case("the rows changed between two halves", "checkpoint", "goal K4; complaint 15", "`train_rows` are not the same",
           go_on_elsewhere(lambda scene: setattr(scene, "rows", scene.rows[:30])), go),
-    Fault("the base changed between two halves", "checkpoint", "goal M5", "`base_weights` are not the same", go_on_elsewhere(
-        lambda scene: scene.weights(lambda all: {name: 1.01 * value for name, value in all.items()})), go),
-    Fault("another run's checkpoint lies in the folder", "checkpoint", "goal K5", "belongs to another run",
+    Case("the base changed between two halves", "checkpoint", "goal M5", "`base_weights` are not the same",
+          go_on_elsewhere(change_base), go),
+    Case("another run's checkpoint lies in the folder", "checkpoint", "goal K5", "belongs to another run",
           go_on_elsewhere(invite_guest), go),
-    Fault("a pickle lies in the checkpoint", "checkpoint", "security, pickles", "was not there when it was saved",
+    Case("a pickle lies in the checkpoint", "checkpoint", "security, pickles", "was not there when it was saved",
           go_on(lambda checkpoint: (checkpoint / "training_args.bin").write_bytes(b"cos\nsystem\n.")), go),
-    Fault("a library was exchanged between two halves", "checkpoint", "training faults", "trl was 0.9.6",
+    Case("a library was exchanged between two halves", "checkpoint", "training faults", "trl was 0.9.6",
           go_on(exchange_library), go),
 ]
 
-# %% ../nbs/62f_breakdowns.ipynb #a81c3807
+# %% ../nbs/62f_breakdowns.ipynb #9d75829b
 def lent_adapter(
     scene: SpoiltScene,  # that merges
     change: Callable | None = None,  # of the adapter's tensors; None: they stay
@@ -237,7 +248,7 @@ def merge_it(
         return compare_merged(scene, merge_lora_weights(base, lent_adapter(scene), scene.place / "merged", **options))
     return act
 
-
+# %% ../nbs/62f_breakdowns.ipynb #fa79b722
 def fold_twice(
     scene: Scene,  # any
 ) -> Heard:  # the figures
@@ -264,7 +275,7 @@ def serve_as_trained(
     served = template_fingerprint(load_tokenizer(str(scene.folder.final_model)))
     return scene.folder.load_json("run.json")["template"] == served
 
-# %% ../nbs/62f_breakdowns.ipynb #34b60fdd
+# %% ../nbs/62f_breakdowns.ipynb #69ec0d18
 def on_adapter(
     change: Callable,  # of its tensors
 ) -> Callable:  # spoils a scene
@@ -283,24 +294,24 @@ def as_pickle(
 
 NAN = float("nan")
 MERGES = [
-    Fault("another base of the same shape", "merge", "goal M5", "is not the base",
-          lambda scene: scene.weights(lambda all: {name: 1.01 * value for name, value in all.items()}), merge_it()),
-    Fault("half of the adapter is missing", "merge", "goal M5", "get no weight",
-          on_adapter(lambda all: dict(list(all.items())[::2])), merge_it()),
-    Fault("a number of the adapter is none", "merge", "merging rules", "cannot be merged",
-          on_adapter(lambda all: {name: value * NAN for name, value in all.items()}), merge_it()),
-    Fault("an earlier adapter is merged", "merge", "merging rules", "passed: no",
-          on_adapter(lambda all: {name: 0.9 * value for name, value in all.items()}), merge_it()),
-    Fault("the merged model is the base", "merge", "complaint 17", "passed: no",
-          on_adapter(lambda all: {name: value * ("lora_A" in name) for name, value in all.items()}), merge_it()),
-    Fault("the adapter is added twice", "merge", "goal M4", "passed: no", lambda scene: None, fold_twice),
-    Fault("trained over four bits, merged into sixteen", "merge", "complaint 7; goal M2", "passed: no", lambda scene: None,
-          four_bits),
-    Fault("the adapter is a pickle", "merge", "security, pickles", "no adapter_model.safetensors", as_pickle, merge_it()),
-    Fault("the merged model's folder is taken", "merge", "complaint 9", "exists already",
+    Case("another base of the same shape", "merge", "goal M5", "is not the base", change_base, merge_it()),
+    Case("half of the adapter is missing", "merge", "goal M5", "get no weight",
+          on_adapter(lambda found: dict(list(found.items())[::2])), merge_it()),
+    Case("a number of the adapter is none", "merge", "merging rules", "cannot be merged",
+          on_adapter(lambda found: {name: value * NAN for name, value in found.items()}), merge_it()),
+    Case("an earlier adapter is merged", "merge", "merging rules", "passed: no",
+          on_adapter(lambda found: {name: 0.9 * value for name, value in found.items()}), merge_it()),
+    Case("the merged model is the base", "merge", "complaint 17", "passed: no",
+          on_adapter(lambda found: {name: value * ("lora_A" in name) for name, value in found.items()}), merge_it()),
+    Case("the adapter is added twice", "merge", "goal M4", "passed: no", lambda scene: None, fold_twice),
+    Case("trained over four bits, merged into sixteen", "merge", "complaint 7; goal M2", "passed: no",
+          lambda scene: None, four_bits),
+    Case("the adapter is a pickle", "merge", "security, pickles", "no adapter_model.safetensors", as_pickle,
+          merge_it()),
+    Case("the merged model's folder is taken", "merge", "complaint 9", "exists already",
           lambda scene: (scene.place / "merged").mkdir(), merge_it()),
-    Fault("an adapter is trained as if it were a base", "merge", "merging rules", "is an adapter",
+    Case("an adapter is trained as if it were a base", "merge", "merging rules", "is an adapter",
           lambda scene: scene.set(model_name=str(lent_adapter(scene)))),
-    Fault("served with another template than trained", "merge", "complaint 4", "",
+    Case("served with another template than trained", "merge", "complaint 4", "",
           lambda scene: scene.template("'\\n'", "' '"), go, serve_as_trained),
 ]

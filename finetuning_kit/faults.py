@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['STEPS', 'FAMILIES', 'CAUGHT', 'SPEAKERS', 'WHOLE_SET', 'CUT', 'ANSWERS', 'PREFERENCES', 'talk', 'zoo_rows', 'Scene',
-           'SpoiltScene', 'Heard', 'words_of', 'look', 'go', 'Fault', 'Verdict', 'moment_of', 'attempt', 'judge_fault',
+           'SpoiltScene', 'Heard', 'words_of', 'look', 'go', 'Case', 'Verdict', 'moment_of', 'attempt', 'judge_fault',
            'Crash', 'Keeper', 'stop_after', 'add_systems', 'call_human', 'mask_is_exact', 'leave_copy', 'break_file',
            'mix_shapes', 'move_answers', 'change_places', 'say_yes', 'prefer', 'check_only']
 
@@ -156,13 +156,13 @@ def go(
                        resume=scene.resume, max_answers=8)
     return Heard(result.status, result.notes + words_of(result.data), result)
 
-# %% ../nbs/62d_faults.ipynb #543817ea
+# %% ../nbs/62d_faults.ipynb #d5b5a5ed
 FAMILIES = ("data", "template", "tokens", "settings", "run", "checkpoint", "merge")
 CAUGHT = ("refused", "stopped", "suspect", "told", "cured")
 
 
 @dataclass(frozen=True)
-class Fault:
+class Case:
     "A fault that can be planted"
     name: str  # what is wrong, as somebody would say it
     family: str  # one of `FAMILIES`
@@ -176,7 +176,7 @@ class Fault:
 @dataclass(frozen=True)
 class Verdict:
     "What became of a planted fault"
-    fault: Fault  # the case
+    fault: Case  # the case
     outcome: str  # one of `CAUGHT`, or missed, or crashed
     when: str  # "before step 1", "step 3", "at the end"
     sentence: str  # in which it was caught; of a fault that was missed, what was said instead
@@ -188,7 +188,7 @@ class Verdict:
         "Whether a guard spoke, or the fault could do nothing"
         return self.outcome in CAUGHT
 
-# %% ../nbs/62d_faults.ipynb #bbfe9cfe
+# %% ../nbs/62d_faults.ipynb #2ebb0381
 def moment_of(
     scene: Scene,  # after an attempt
     sentence: str = "",  # that was said
@@ -204,7 +204,7 @@ def moment_of(
 
 
 def attempt(
-    fault: Fault,  # the case
+    fault: Case,  # the case
     scene: Scene,  # a clean one
     whole: bool,  # True: run it to the end even where looking is enough
 ) -> tuple[str, list[str], object]:  # status, what was said, what came out
@@ -222,9 +222,9 @@ def attempt(
     except Exception as error:  # noqa: BLE001 (whatever escapes is a fault of the kit, and counts as one)
         return "crashed", [f"{type(error).__name__}: {error}"], None
 
-# %% ../nbs/62d_faults.ipynb #d92bad49
+# %% ../nbs/62d_faults.ipynb #bd8c23e8
 def judge_fault(
-    fault: Fault,  # the case
+    fault: Case,  # the case
     keeper: Keeper,  # makes the scene, and lends runs
     whole: bool = False,  # True: run it to the end even where looking is enough
 ) -> Verdict:  # whether it was caught, when, and in which words
@@ -247,7 +247,7 @@ def judge_fault(
     finished = found is not None and status in ("finished", "prepared")
     return Verdict(fault, outcome, when, shown, time.perf_counter() - began, finished)
 
-# %% ../nbs/62d_faults.ipynb #1cd30607
+# %% ../nbs/62d_faults.ipynb #cbab69da
 class Crash(Exception):
     "A run is killed"
 
@@ -287,7 +287,7 @@ class Keeper:
             self.kept["trained"] = scene, go(scene).found
         return self.kept["trained"]
 
-
+# %% ../nbs/62d_faults.ipynb #f2699706
 def stop_after(
     step: int,  # an optimizer step
     error: Exception = Crash(),  # what is raised then
@@ -298,7 +298,7 @@ def stop_after(
             raise error
     return listen
 
-# %% ../nbs/62d_faults.ipynb #4247c3fd
+# %% ../nbs/62d_faults.ipynb #cab77a85
 def add_systems(
     scene: SpoiltScene,  # to be spoilt
 ) -> None:
@@ -326,20 +326,20 @@ def mask_is_exact(
 
 
 SPEAKERS = [
-    Fault("an answer is empty", "data", "table, 83", "empty_outputs", lambda scene: scene.say(3, "")),
-    Fault("a question is blank", "data", "table, 83", "empty_questions", lambda scene: scene.say(3, "  ", 0)),
-    Fault("a conversation ends with its question", "data", "table, 75", "no_answer",
+    Case("an answer is empty", "data", "table, 83", "empty_outputs", lambda scene: scene.say(3, "")),
+    Case("a question is blank", "data", "table, 83", "empty_questions", lambda scene: scene.say(3, "  ", 0)),
+    Case("a conversation ends with its question", "data", "table, 75", "no_answer",
           lambda scene: scene.rows[3]["messages"].append({"role": "user", "content": "And of Peru?"})),
-    Fault("a conversation is empty", "data", "table, 72", "schema", lambda scene: scene.rows[0].update(messages=[])),
-    Fault("two system texts that differ", "data", "table, 81", "two_systems", add_systems),
-    Fault("a speaker is unknown", "data", "table, 78", "schema",
+    Case("a conversation is empty", "data", "table, 72", "schema", lambda scene: scene.rows[0].update(messages=[])),
+    Case("two system texts that differ", "data", "table, 81", "two_systems", add_systems),
+    Case("a speaker is unknown", "data", "table, 78", "schema",
           lambda scene: scene.rows[3]["messages"][0].update(role="narrator")),
-    Fault("speakers are called human and gpt", "data", "complaint 13", "", call_human, proof=mask_is_exact),
-    Fault("a speaker speaks twice", "data", "complaint 13", "role_order",
+    Case("speakers are called human and gpt", "data", "complaint 13", "", call_human, proof=mask_is_exact),
+    Case("a speaker speaks twice", "data", "complaint 13", "role_order",
           lambda scene: scene.rows[3]["messages"].insert(0, {"role": "user", "content": "Hello!"})),
 ]
 
-# %% ../nbs/62d_faults.ipynb #e434e597
+# %% ../nbs/62d_faults.ipynb #5fd5e4f2
 def leave_copy(
     scene: SpoiltScene,  # to be spoilt
 ) -> None:
@@ -367,20 +367,20 @@ def mix_shapes(
 
 
 WHOLE_SET = [
-    Fault("held-out questions stand in the training rows", "data", "table, 100", "leakage",
+    Case("held-out questions stand in the training rows", "data", "table, 100", "leakage",
           lambda scene: scene.rows.extend(copy.deepcopy(scene.held_out[:2]))),
-    Fault("training rows and held-out rows are the same", "data", "table, 104", "leakage",
+    Case("training rows and held-out rows are the same", "data", "table, 104", "leakage",
           lambda scene: setattr(scene, "held_out", copy.deepcopy(scene.rows))),
-    Fault("a held-out row is nearly a training row", "data", "table, 101", "near_leakage", leave_copy),
-    Fault("every row stands there three times", "data", "table, 99", "duplicates",
+    Case("a held-out row is nearly a training row", "data", "table, 101", "near_leakage", leave_copy),
+    Case("every row stands there three times", "data", "table, 99", "duplicates",
           lambda scene: setattr(scene, "rows", scene.rows * 3)),
-    Fault("one question has two answers", "data", "table, E", "contradictions",
+    Case("one question has two answers", "data", "table, E", "contradictions",
           lambda scene: scene.rows.append(talk(scene.rows[1]["messages"][0]["content"], "purple monkeys"))),
-    Fault("a line of the file is broken", "data", "table, 29", "rows.jsonl:10", break_file),
-    Fault("one file holds two shapes of rows", "data", "table, 52", "schema", mix_shapes),
+    Case("a line of the file is broken", "data", "table, 29", "rows.jsonl:10", break_file),
+    Case("one file holds two shapes of rows", "data", "table, 52", "schema", mix_shapes),
 ]
 
-# %% ../nbs/62d_faults.ipynb #37c84312
+# %% ../nbs/62d_faults.ipynb #547b54a7
 def move_answers(
     scene: SpoiltScene,  # to be spoilt
 ) -> None:
@@ -409,23 +409,23 @@ def say_yes(
 
 CUT = "The capital of that country is the old city which is built on the river and where most of the"
 ANSWERS = [
-    Fault("an answer is a number", "data", "table, 56", "schema", lambda scene: scene.say(3, 42)),
-    Fault("letters were misread", "data", "table, 10", "encoding_issues", lambda scene: scene.say(3, "SÃ£o TomÃ©")),
-    Fault("an answer stops in mid-sentence", "data", "table, D", "cut_answers", lambda scene: scene.say(3, CUT)),
-    Fault("an answer is a refusal", "data", "next in line", "refusals",
+    Case("an answer is a number", "data", "table, 56", "schema", lambda scene: scene.say(3, 42)),
+    Case("letters were misread", "data", "table, 10", "encoding_issues", lambda scene: scene.say(3, "SÃ£o TomÃ©")),
+    Case("an answer stops in mid-sentence", "data", "table, D", "cut_answers", lambda scene: scene.say(3, CUT)),
+    Case("an answer is a refusal", "data", "next in line", "refusals",
           lambda scene: scene.say(3, "I'm sorry, but I can't help with that.")),
-    Fault("an answer says the same again and again", "data", "next in line", "repetitions",
+    Case("an answer says the same again and again", "data", "next in line", "repetitions",
           lambda scene: scene.say(3, "The answer is ten. " * 12)),
-    Fault("an answer repeats its question", "data", "next in line", "copied_questions",
+    Case("an answer repeats its question", "data", "next in line", "copied_questions",
           lambda scene: scene.say(3, scene.rows[3]["messages"][0]["content"])),
-    Fault("an access key stands in a row", "data", "table, 97", "secrets",
+    Case("an access key stands in a row", "data", "table, 97", "secrets",
           lambda scene: scene.say(3, f"My key is hf_{'aBcD1234' * 4}Ef, what now?", 0)),
-    Fault("nearly every answer is yes", "data", "table, E", "label_balance", say_yes),
-    Fault("answers moved seven rows down", "data", "next in line", "other answers", move_answers),
-    Fault("questions and answers changed places", "data", "next in line", "changed places", change_places),
+    Case("nearly every answer is yes", "data", "table, E", "label_balance", say_yes),
+    Case("answers moved seven rows down", "data", "next in line", "other answers", move_answers),
+    Case("questions and answers changed places", "data", "next in line", "changed places", change_places),
 ]
 
-# %% ../nbs/62d_faults.ipynb #de37fd4a
+# %% ../nbs/62d_faults.ipynb #45c56323
 def prefer(
     chosen: str,  # a format for the better answer, with {k} and {more}
     rejected: str = "It is {more}.",  # for the worse
@@ -446,9 +446,9 @@ def check_only(
 
 
 PREFERENCES = [
-    Fault("preference pairs are trained as answers", "data", "complaint 21", "which answers are better", prefer("{k}")),
-    Fault("chosen and rejected are the same", "data", "complaint 21; table, 67", "equal_pair", prefer("It is {more}."),
+    Case("preference pairs are trained as answers", "data", "complaint 21", "which answers are better", prefer("{k}")),
+    Case("chosen and rejected are the same", "data", "complaint 21; table, 67", "equal_pair", prefer("It is {more}."),
           check_only),
-    Fault("the longer answer is always the chosen one", "data", "complaint 21", "length_bias",
+    Case("the longer answer is always the chosen one", "data", "complaint 21", "length_bias",
           prefer("It is {k}, as everybody knows who has learned to count."), check_only),
 ]

@@ -254,7 +254,7 @@ def end_of_turn_id(
     end = behind[: end_length(tokenizer, behind) or 0]
     return next((id for mark, id in control_tokens(tokenizer).items() if end.endswith(mark)), None)
 
-
+# %% ../nbs/30_models.ipynb #64b79f1c
 def stop_token_ids(
     tokenizer,  # a tokenizer of transformers
 ) -> list[int]:  # ids, the end of a turn first

@@ -135,12 +135,12 @@ class Progress(TrainerCallback):
 
 # %% ../nbs/51_progress.ipynb #c85451da
 def strange_start(
-    model,  # that is trained; None: not known
+    model,  # that is trained
     loss: float,  # of the first step, before any weight moved
 ) -> str:  # a sentence; empty where a trained model might start so
     "Say when a model begins worse than by guessing blindly."
-    n_ids = model.config.get_text_config().vocab_size if hasattr(model, "config") else 0
-    if not n_ids or not loss > math.log(n_ids):
+    n_ids = model.config.get_text_config().vocab_size
+    if not loss > math.log(n_ids):
         return ""
     return (f"the first loss ({loss:.3g}) is above that of guessing blindly among {n_ids:,} tokens "
             f"({math.log(n_ids):.3g}); see whether tokenizer, template and base belong together")
@@ -177,11 +177,9 @@ class StepProgress(Progress):
         self.n_steps = state.max_steps
         self.emit("start", step=state.global_step, n_steps=self.n_steps)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         "Report a step, and pass on the wish to stop."
         self.step_loss, _ = agree(self.step_loss)
-        if state.global_step == 1 and (words := strange_start(model, self.step_loss)):
-            self.warn("start", 1, words)
         self.window.append(self.step_loss)
         self.emit("step", step=state.global_step, n_steps=self.n_steps, loss=self.step_loss)
         self.step_loss = 0.0

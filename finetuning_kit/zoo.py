@@ -11,18 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['CLEAN', 'FAULTS', 'COMPLAINTS', 'ask_in', 'with_method', 'change_rows', 'said', 'judge_clean', 'measured',
+__all__ = ['CLEAN', 'PLANTED', 'COMPLAINTS', 'ask_in', 'by_method', 'change_rows', 'said', 'judge_clean', 'measured',
            'caught_share', 'family_table', 'harm_table', 'draw_riddle', 'answer_riddle', 'complaint_table']
 
-# %% ../nbs/62g_zoo.ipynb #1ada1c83
+# %% ../nbs/62g_zoo.ipynb #447aa022
 import finetuning_kit
 from .breakdowns import CHECKPOINTS, MERGES, RUNS
 from .faults import ANSWERS, CAUGHT, FAMILIES, PREFERENCES, SPEAKERS, WHOLE_SET
-from .faults import Fault, Keeper, Verdict, go, judge_fault, talk
+from .faults import Case, Keeper, Verdict, go, judge_fault, talk
 from .settings import markdown_table
 from .traps import CARELESS, CONTRADICTIONS, TEMPLATES, TOKENS
 
-# %% ../nbs/62g_zoo.ipynb #f7cf4587
+# %% ../nbs/62g_zoo.ipynb #47a7b346
 def ask_in(
     question: str,  # with {a} and {b}
     answer: str,  # with {a}, {b} and {sum}
@@ -36,7 +36,7 @@ def ask_in(
     return plant
 
 
-def with_method(
+def by_method(
     method: str,  # a method, or a variant of LoRA
     **settings,  # to be changed as well
 ) -> Callable:  # changes a scene
@@ -59,7 +59,7 @@ def said(
     "Take a row's words."
     return tuple(turn["content"] for turn in row["messages"])
 
-# %% ../nbs/62g_zoo.ipynb #627f7acf
+# %% ../nbs/62g_zoo.ipynb #f1b546f3
 CLEAN = {
     "as shipped": lambda scene: None,
     "German": ask_in("Was ist {a} plus {b}?", "{a} plus {b} ist {sum}."),
@@ -75,15 +75,18 @@ CLEAN = {
     "few rows": ask_in("What is {a} plus {b}?", "It is {sum}.", 12),
     "long answers": change_rows(lambda row: talk(said(row)[0], f"{said(row)[1]} " + " ".join(
         f"Point {k} of {said(row)[1]}." for k in range(6)))),
-    "yes and no": change_rows(lambda row: talk(f"Is this a short answer: {said(row)[1]}", "yes" if len(said(row)[1]) < 14 else "no")),
-    "system texts": change_rows(lambda row: {"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]}),
-    "two rounds": change_rows(lambda row: {"messages": row["messages"] + talk("Sure?", "Yes, quite sure.")["messages"]}),
+    "yes and no": change_rows(lambda row: talk(f"Is this a short answer: {said(row)[1]}",
+                                               "yes" if len(said(row)[1]) < 14 else "no")),
+    "system texts": change_rows(lambda row: {
+        "messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]}),
+    "two rounds": change_rows(lambda row: {
+        "messages": row["messages"] + talk("Sure?", "Yes, quite sure.")["messages"]}),
     "Alpaca": change_rows(lambda row: dict(zip(("instruction", "output"), said(row)))),
     "prompt and completion": change_rows(lambda row: dict(zip(("prompt", "completion"), said(row)))),
     "plain texts": change_rows(lambda row: {"text": " ".join(said(row))}),
 }
 
-# %% ../nbs/62g_zoo.ipynb #87d50df1
+# %% ../nbs/62g_zoo.ipynb #f88882d5
 CLEAN |= {
     "nothing held out": lambda scene: (setattr(scene, "held_out", None), scene.set(split_ratio=0.0)),
     "a share held out": lambda scene: setattr(scene, "held_out", None),
@@ -95,15 +98,15 @@ CLEAN |= {
     "all tokens count": lambda scene: scene.set(train_on="all"),
     "Adafactor": lambda scene: scene.set(optim="adafactor"),
     "many steps": lambda scene: scene.set(max_steps=24, eval_steps=8, save_steps=24),
-    "all weights": with_method("full", learning_rate=5e-4),
-    "upper layers": with_method("freeze", learning_rate=1e-3),
-    "DoRA": with_method("dora"),
-    "rsLoRA": with_method("rslora", r=4, lora_alpha=4),
-    "AdaLoRA": with_method("adalora"),
-    "IA3": with_method("ia3", learning_rate=2e-2),
-    "prefix tuning": with_method("prefix", learning_rate=1e-2),
-    "prompt tuning": with_method("prompt", learning_rate=3e-2),
-    "norms alone": with_method("ln_tuning", learning_rate=1e-2),
+    "all weights": by_method("full", learning_rate=5e-4),
+    "upper layers": by_method("freeze", learning_rate=1e-3),
+    "DoRA": by_method("dora"),
+    "rsLoRA": by_method("rslora", r=4, lora_alpha=4),
+    "AdaLoRA": by_method("adalora"),
+    "IA3": by_method("ia3", learning_rate=2e-2),
+    "prefix tuning": by_method("prefix", learning_rate=1e-2),
+    "prompt tuning": by_method("prompt", learning_rate=3e-2),
+    "norms alone": by_method("ln_tuning", learning_rate=1e-2),
 }
 
 
@@ -113,13 +116,13 @@ def judge_clean(
     act: Callable = go,  # `look`: only what comes before the first step
 ) -> Verdict:  # "passed", or how it was stopped
     "Run something in which nothing is wrong."
-    innocent = Fault(name, "clean", "", "", CLEAN[name], act)
+    innocent = Case(name, "clean", "", "", CLEAN[name], act)
     verdict = judge_fault(innocent, keeper)
     return Verdict(innocent, "passed" if verdict.finished else "stopped wrongly", verdict.when, verdict.sentence,
                    verdict.seconds)
 
-# %% ../nbs/62g_zoo.ipynb #878e6a34
-FAULTS = [*SPEAKERS, *WHOLE_SET, *ANSWERS, *PREFERENCES, *TEMPLATES, *TOKENS, *CONTRADICTIONS, *CARELESS, *RUNS,
+# %% ../nbs/62g_zoo.ipynb #2bf341e8
+PLANTED = [*SPEAKERS, *WHOLE_SET, *ANSWERS, *PREFERENCES, *TEMPLATES, *TOKENS, *CONTRADICTIONS, *CARELESS, *RUNS,
           *CHECKPOINTS, *MERGES]
 
 
@@ -151,7 +154,7 @@ def family_table(
     head = ["family", "faults", *CAUGHT, "missed", "TRL: error", "TRL: warns", "TRL: silent", "not asked"]
     return markdown_table(head, [*rows, ["all", *(sum(row[n] for row in rows) for n in range(1, len(head)))]])
 
-# %% ../nbs/62g_zoo.ipynb #0f0b9382
+# %% ../nbs/62g_zoo.ipynb #7848e153
 def harm_table(
     found: dict,  # as `measured` gives it
 ) -> str:  # Markdown
@@ -159,9 +162,10 @@ def harm_table(
     words = lambda figures: (f"{figures['exact_match']:.0%}, {figures['stop_rate']:.0%}, {figures['loss']:.3g}"
                              if "exact_match" in figures else str(figures.get("words", "")))
     rows = [[name, words(figures), figures.get("why", "")] for name, figures in found["harm"].items()]
-    return markdown_table(["trained by plain TRL with", "right answers, answers that end, held-out loss", "what happened"], rows)
+    head = ["trained by plain TRL with", "right answers, answers that end, held-out loss", "what happened"]
+    return markdown_table(head, rows)
 
-# %% ../nbs/62g_zoo.ipynb #86d93643
+# %% ../nbs/62g_zoo.ipynb #fa7dbc54
 def draw_riddle(
     curves: dict,  # name -> {"loss": [...], "eval": [[step, loss], ...]}; "nothing wrong" is drawn in grey
     named: bool = False,  # True: the answers stand above
@@ -173,9 +177,10 @@ def draw_riddle(
     figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False).flat
     for number, (axes, name) in enumerate(zip(panels, names), 1):
-        for curve, colour, grade in ((curves["nothing wrong"], "#9a9a9a", 0.7), (curves[name], "#3b6fb5", 1.0)):
-            axes.plot(range(1, len(curve["loss"]) + 1), curve["loss"], color=colour, lw=1.3, alpha=grade)
-            axes.plot(*zip(*curve["eval"]), "o--", color=colour if grade < 1 else "#d1662f", ms=3.5, lw=0.9, alpha=grade)
+        usual = (curves["nothing wrong"], "#b5b5b5", "#b5b5b5")
+        for curve, line, dots in (usual, (curves[name], "#3b6fb5", "#d1662f")):
+            axes.plot(range(1, len(curve["loss"]) + 1), curve["loss"], color=line, lw=1.3)
+            axes.plot(*zip(*curve["eval"]), "o--", color=dots, ms=3.5, lw=0.9)
         axes.set_title(f"{number}: {name}" if named else f"{number}", fontsize=9, loc="left")
         axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
@@ -195,7 +200,7 @@ def answer_riddle(
     right = names[number - 1]
     return f"Yes. {curves[right]['hint']}" if guess == right else f"No; look again: {curves[right]['look']}"
 
-# %% ../nbs/62g_zoo.ipynb #4bb4a274
+# %% ../nbs/62g_zoo.ipynb #d63f3dc4
 COMPLAINTS = {
     1: ("the tuned model never stops", "36_encoding"), 2: ("the template has no marks", "35_answers"),
     3: ("all labels are -100", "54_trainer"), 4: ("served with another template", "62_workflow"),
@@ -219,7 +224,7 @@ def complaint_table(
     outcomes = {case["name"]: case["outcome"] for case in verdicts}
     rows = []
     for number, (what, chapter) in COMPLAINTS.items():
-        cases = [fault.name for fault in FAULTS if f"complaint {number}" in fault.origin.replace(";", " ;").split(" ;")[0]]
+        cases = [fault.name for fault in PLANTED if f"complaint {number}" in fault.origin.split("; ")]
         told = "; ".join(f"{name}: {outcomes.get(name, 'not run')}" for name in cases) or "no case: see the chapter"
         rows.append([number, what, told, chapter])
     return markdown_table(["", "complaint", "planted here, and what became of it", "guard in chapter"], rows)

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.zoo [--parts kit clean plain harm curves] [--output measured.json]
 
-Parts that are not asked for stay in the file as they were. Plain TRL is SFTTrainer with PEFT's LoRA on the same layers and
-the settings that it has too (rate, batch, steps, length limit), everything else at its defaults; rows, model folder and
-checkpoints are the scene's own. It "warns" when it says something that it does not say on a clean scene.
+Parts that are not asked for stay in the file as they were. Plain TRL is SFTTrainer with PEFT's LoRA on the same layers
+and the settings that it has too (rate, batch, steps, length limit), everything else at its defaults; rows, model folder
+and checkpoints are the scene's own. It "warns" when it says something that it does not say on a clean scene.
 """
 import argparse
 import json
@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-from finetuning_kit.faults import Fault, Keeper, change_places, go, judge_fault, look, move_answers, talk, zoo_rows
-from finetuning_kit.traps import begin_texts, shift_words
-from finetuning_kit.zoo import CLEAN, FAULTS, judge_clean
+from finetuning_kit.breakdowns import lent_adapter, spoil_weight
+from finetuning_kit.faults import Case, Keeper, call_human, change_places, go, judge_fault, look, move_answers, talk
+from finetuning_kit.faults import zoo_rows
+from finetuning_kit.traps import ANSWER, begin_texts, shift_words
+from finetuning_kit.zoo import CLEAN, PLANTED, judge_clean
 
 HOME = Path(__file__).parents[2] / "finetuning_kit" / "assets" / "zoo" / "measured.json"
 MACHINE = "2 shared x86 cores with AVX-512 BF16, one thread, no GPU"
@@ -31,10 +33,11 @@ MACHINE = "2 shared x86 cores with AVX-512 BF16, one thread, no GPU"
 def kit(keeper) -> list:
     "Judge every fault, run to its end."
     found = []
-    for fault in FAULTS:
+    for fault in PLANTED:
         verdict = judge_fault(fault, keeper)
         found.append({"name": fault.name, "family": fault.family, "origin": fault.origin, "outcome": verdict.outcome,
-                      "when": verdict.when, "sentence": short(verdict.sentence, keeper), "seconds": round(verdict.seconds, 1)})
+                      "when": verdict.when, "sentence": short(verdict.sentence, keeper),
+                      "seconds": round(verdict.seconds, 1)})
         print(f"kit    {verdict.outcome:8} {verdict.seconds:5.1f} s  {fault.name}", flush=True)
     return found
 
@@ -58,7 +61,8 @@ def clean(keeper) -> list:
 @contextmanager
 def listening():
     "Collect what Python and the libraries say."
-    said, loggers = [], [logging.getLogger(name) for name in ("", "transformers", "trl", "peft", "accelerate", "datasets")]
+    names = ("", "transformers", "trl", "peft", "accelerate", "datasets")
+    said, loggers = [], [logging.getLogger(name) for name in names]
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     for logger in loggers:
@@ -93,7 +97,7 @@ def trl_trainer(scene):
     lora |= {name: settings.pop(name) for name in list(lora) if name in settings}
     name = settings.pop("model_name", "pocket")
     place = str(pocket_model_path()) if name == "pocket" else name
-    for ours in ("on_spike", "over_length", "dataset_format", "split_ratio", "early_stopping", "load_in_4bit", "train_on"):
+    for ours in ("on_spike", "over_length", "dataset_format", "split_ratio", "early_stopping", "load_in_4bit"):
         settings.pop(ours, None)
     arguments = {"eval_strategy": "steps" if scene.held_out else "no", **settings}
     config = SFTConfig(output_dir=str(scene.folder.checkpoints), use_cpu=True, max_length=128, disable_tqdm=True,
@@ -102,8 +106,9 @@ def trl_trainer(scene):
                 "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
                 "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)}
     return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), args=config, peft_config=adapters[method],
-        train_dataset=read_plainly(scene.rows), eval_dataset=read_plainly(scene.held_out) if scene.held_out else None,
+        model=AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), args=config,
+        peft_config=adapters[method], train_dataset=read_plainly(scene.rows),
+        eval_dataset=read_plainly(scene.held_out) if scene.held_out else None,
         processing_class=AutoTokenizer.from_pretrained(place))
 
 
@@ -134,17 +139,16 @@ def asks_plainly(fault) -> bool:
     merges = ("another base of the same shape", "half of the adapter is missing", "a number of the adapter is none",
               "an earlier adapter is merged", "the merged model is the base", "the merged model's folder is taken",
               "the adapter is a pickle")
-    not_there = ("the memory is full at a step", "the memory is full at the first evaluation", "the disk has a megabyte left")
+    not_there = ("the memory is full at a step", "the memory is full at the first evaluation",
+                 "the disk has a megabyte left")
     return fault.name in merges or fault.family != "merge" and fault.act in (look, go) and fault.name not in not_there
 
 
 def plain(keeper) -> dict:
     "Give every case to plain TRL."
-    from finetuning_kit.breakdowns import lent_adapter
-
     usual, found = set(), {}
-    nothing = Fault("nothing", "data", "", "", lambda scene: None, go)
-    for fault in [nothing, *FAULTS]:
+    nothing = Case("nothing", "data", "", "", lambda scene: None, go)
+    for fault in [nothing, *PLANTED]:
         if not asks_plainly(fault):
             found[fault.name] = {"outcome": "not asked"}
             continue
@@ -172,6 +176,12 @@ def often(change, every=4):
     return lambda scene: [change(scene, n) for n in range(0, len(scene.rows), every)]
 
 
+def cut_in_half(scene, n):
+    "Stop an answer in its middle."
+    answer = scene.rows[n]["messages"][1]["content"]
+    scene.say(n, answer[:len(answer) // 2])
+
+
 def set_all(**settings):
     "Change settings."
     return lambda scene: scene.set(**settings)
@@ -182,26 +192,18 @@ def leak(scene):
     scene.rows = scene.rows[:-48] + [talk(*(turn["content"] for turn in row["messages"])) for row in scene.held_out]
 
 
-def rename_speakers(scene):
-    "Call the speakers human and gpt."
-    from finetuning_kit.faults import call_human
-
-    call_human(scene)
-
-
 HARMS = {
     "nothing wrong": (lambda scene: None, ""),
     "every fourth answer empty": (often(lambda scene, n: scene.say(n, "")), "it learns to say nothing"),
     "every fourth answer a refusal": (often(lambda scene, n: scene.say(n, "I'm sorry, but I can't help with that.")),
                                       "it learns to refuse"),
-    "every fourth answer cut in the middle": (often(lambda scene, n: scene.say(
-        n, scene.rows[n]["messages"][1]["content"][:len(scene.rows[n]["messages"][1]["content"]) // 2])), "it learns to stop early"),
+    "every fourth answer cut in the middle": (often(cut_in_half), "it learns to stop early"),
     "answers that moved seven rows down": (move_answers, "the form is learned, the answers are not"),
     "questions and answers that changed places": (change_places, "it asks instead of answering"),
-    "speakers called human and gpt": (rename_speakers, "it never saw the heading that it is asked with"),
+    "speakers called human and gpt": (call_human, "it never saw the heading that it is asked with"),
     "held-out rows among the training rows": (leak, "the figures lie: these rows were seen"),
-    "a template without an end": (lambda scene: scene.template("{{- message['content'] + '<|im_end|>' -}}{%- endgen",
-                                                               "{{- message['content'] -}}{%- endgen"), "it never stops"),
+    "a template without an end": (lambda scene: scene.template(ANSWER, ANSWER.replace(" + '<|im_end|>'", "")),
+                                  "it never stops"),
     "a limit of 24 tokens": (set_all(max_length=24), "answers lose their ends"),
     "another model's tokenizer": (shift_words, "it starts from noise"),
     "two start tokens before every row": (lambda scene: begin_texts(scene, "<|endoftext|>"), ""),
@@ -210,14 +212,8 @@ HARMS = {
     "a warm-up longer than the run": (set_all(warmup_steps=400), "the rate never gets there"),
     "an adapter that whispers (alpha 1, rank 64)": (set_all(r=64, lora_alpha=1), "hardly anything is learned"),
     "an adapter that shouts (alpha 512, rank 8)": (set_all(r=8, lora_alpha=512), "it overshoots"),
-    "a number that is none in the base": (lambda scene: scene.weights(spoil), "loss 0 is reported, and the model is NaN")}
-
-
-def spoil(weights):
-    "One number of the base is none."
-    from finetuning_kit.breakdowns import spoil_weight
-
-    return spoil_weight(weights)
+    "a number that is none in the base": (lambda scene: scene.weights(spoil_weight),
+                                          "loss 0 is reported, and the model is NaN")}
 
 
 def harm(keeper, n_rows=480, n_asked=96) -> dict:
@@ -272,16 +268,18 @@ def held_out_loss(model, tokenizer, records) -> float:
 CURVES = {
     "nothing wrong": (lambda scene: None, "", ""),
     "the tokenizer belongs to another model": (
-        shift_words, "It begins near 14 nats, far above guessing blindly (7.6), and falls like any other: only the start tells.",
+        shift_words, "It begins near 14 nats, far above guessing blindly (7.6), and falls like any other: only the "
+        "start tells.",
         "where does it begin, and what would guessing blindly cost?"),
     "a rate that is too high": (
-        set_all(learning_rate=8e-2), "The loss climbs first and stays far above the grey curve: every step destroys more than it "
-        "teaches.", "does the loss go down from the first steps on?"),
+        set_all(learning_rate=8e-2), "The loss climbs first and stays far above the grey curve: every step destroys "
+        "more than it teaches.", "does the loss go down from the first steps on?"),
     "rows learned by heart": (
-        lambda scene: setattr(scene, "rows", scene.rows[:12]), "The training loss falls to nothing, the held-out loss turns and "
-        "climbs: the two curves part.", "compare the line with the dots."),
+        lambda scene: setattr(scene, "rows", scene.rows[:12]), "The training loss falls to nothing, the held-out loss "
+        "turns and climbs: the two curves part.", "compare the line with the dots."),
     "answers that belong to other questions": (
-        move_answers, "The form of the answers is learned, then both losses stay on a shelf: what is left cannot be known.",
+        move_answers, "The form of the answers is learned, then both losses stay on a shelf: what is left cannot be "
+        "known.",
         "how low does the grey curve get, and this one?")}
 
 
@@ -295,8 +293,8 @@ def curves(keeper) -> dict:
         scene.set(max_steps=60, learning_rate=4e-3, eval_steps=6, save_steps=60, on_spike="warn", logging_steps=1)
         spoil_scene(scene)
         history = go(scene).found.run.history
-        found[name] = {"loss": [round(entry["loss"], 3) for entry in history if "loss" in entry],
-                       "eval": [[entry["step"], round(entry["eval_loss"], 3)] for entry in history if "eval_loss" in entry],
+        held_out = [[entry["step"], round(entry["eval_loss"], 3)] for entry in history if "eval_loss" in entry]
+        found[name] = {"loss": [round(entry["loss"], 3) for entry in history if "loss" in entry], "eval": held_out,
                        "hint": hint, "look": where}
         print(f"curve  {name}: {found[name]['loss'][::12]} {found[name]['eval'][-1]}", flush=True)
     return found
