@@ -91,7 +91,7 @@ class Vitals:
         if len(self.norms) >= 5:
             usual, level = statistics.median(self.norms), statistics.median(self.losses)
             wide, high = norm > 10 * usual > 0, loss > max(2 * level, level + 0.2)
-            far = loss > max(2.5 * level, level + 3)
+            far = loss > max(2 * level, level + 3)
         self.norms, self.losses = [*self.norms, norm][-20:], [*self.losses, loss][-20:]
         if self.norms[-5:] == [0.0] * 5 and any(self.norms[-6:-5] or [1.0]):
             return "frozen"

@@ -9,8 +9,8 @@ from finetuning_kit.zoo import CLEAN, COMPLAINTS, PLANTED, caught_share, judge_c
 
 MISSED = {"answers moved seven rows down", "questions and answers changed places"}  # nothing but reading finds them
 QUICK = [fault for fault in PLANTED if fault.act is look]
-SOME = ["a new token has no place in the model", "the tokenizer belongs to another model", "a weight of the base is no number",
-        "no gradient reaches the adapter", "the memory is full at a step", "one bit of the optimizer's file changed",
+SOME = ["a new token has no place in the model", "the tokenizer belongs to another model",
+        "a weight of the base is no number", "no gradient reaches the adapter", "the memory is full at a step", "one bit of the optimizer's file changed",
         "the rate changed between two halves", "the rows changed between two halves", "another base of the same shape",
         "half of the adapter is missing", "an earlier adapter is merged", "the adapter is added twice"]
 
@@ -40,10 +40,11 @@ def test_a_fault_of_a_run_a_checkpoint_or_a_merge_is_caught(name, keeper):
     assert verdict.caught, verdict.sentence
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in PLANTED if fault.act is not look and fault.name not in SOME],
                          ids=lambda fault: fault.name)
-def test_every_other_fault_is_caught(fault, keeper):
+def test_every_other_fault_is_caught(fault, keeper, request):
+    if "slow" not in request.config.getoption("--flags"):
+        pytest.skip("takes minutes: --flags slow")
     verdict = judge_fault(fault, keeper)
     assert verdict.caught, verdict.sentence
 

@@ -22,7 +22,7 @@ import torch
 from finetuning_kit.breakdowns import lent_adapter, spoil_weight
 from finetuning_kit.faults import Case, Keeper, call_human, change_places, go, judge_fault, look, move_answers, talk
 from finetuning_kit.faults import zoo_rows
-from finetuning_kit.traps import ANSWER, begin_texts, shift_words
+from finetuning_kit.traps import ANSWER, shift_words
 from finetuning_kit.zoo import CLEAN, PLANTED, judge_clean
 
 HOME = Path(__file__).parents[2] / "finetuning_kit" / "assets" / "zoo" / "measured.json"
@@ -154,6 +154,8 @@ def plain(keeper) -> dict:
             continue
         scene, words, began = keeper.scene(), "", time.time()
         fault.plant(scene)
+        if fault.family not in ("run", "checkpoint"):  # two steps show whether it stops
+            scene.settings |= {"max_steps": min(2, scene.settings["max_steps"])}
         if fault.family == "merge":
             lent_adapter(scene)
         try:
@@ -189,7 +191,7 @@ def set_all(**settings):
 
 def leak(scene):
     "Train on the held-out rows as well."
-    scene.rows = scene.rows[:-48] + [talk(*(turn["content"] for turn in row["messages"])) for row in scene.held_out]
+    scene.rows = scene.rows[:-len(scene.held_out)] + [talk(*(turn["content"] for turn in row["messages"])) for row in scene.held_out]
 
 
 HARMS = {
@@ -204,9 +206,7 @@ HARMS = {
     "held-out rows among the training rows": (leak, "the figures lie: these rows were seen"),
     "a template without an end": (lambda scene: scene.template(ANSWER, ANSWER.replace(" + '<|im_end|>'", "")),
                                   "it never stops"),
-    "a limit of 24 tokens": (set_all(max_length=24), "answers lose their ends"),
     "another model's tokenizer": (shift_words, "it starts from noise"),
-    "two start tokens before every row": (lambda scene: begin_texts(scene, "<|endoftext|>"), ""),
     "a rate of 1e-5": (set_all(learning_rate=1e-5), "nothing is learned"),
     "a rate of 0.3": (set_all(learning_rate=0.3), "what it knew is gone"),
     "a warm-up longer than the run": (set_all(warmup_steps=400), "the rate never gets there"),
@@ -216,7 +216,7 @@ HARMS = {
                                           "loss 0 is reported, and the model is NaN")}
 
 
-def harm(keeper, n_rows=480, n_asked=96) -> dict:
+def harm(keeper, n_rows=320, n_asked=48) -> dict:
     "Train with plain TRL on what somebody would have trained on, and ask what was held out."
     from finetuning_kit.evaluation import evaluate
     from finetuning_kit.loading import load_records
@@ -226,11 +226,11 @@ def harm(keeper, n_rows=480, n_asked=96) -> dict:
     for name, (spoil_scene, why) in HARMS.items():
         scene, began = keeper.scene(), time.time()
         scene.rows, scene.held_out = zoo_rows(n=n_rows), zoo_rows("pocket:test", n_asked)
-        scene.set(max_steps=60, per_device_train_batch_size=16, eval_steps=60, save_steps=60, logging_steps=20)
+        scene.set(max_steps=48, learning_rate=4e-3, eval_steps=48, save_steps=48, logging_steps=16,
+                  gradient_checkpointing=False)
         asked = load_records(zoo_rows("pocket:test", n_asked))
         spoil_scene(scene)
-        length = scene.settings.pop("max_length", 128)
-        trainer = trl_trainer_with(scene, length)
+        trainer = trl_trainer(scene)
         trainer.train()
         tokenizer = load_tokenizer(scene.settings.get("model_name", "pocket"))
         scores = evaluate(trainer.model, tokenizer, asked, max_new_tokens=32).scores
@@ -241,26 +241,13 @@ def harm(keeper, n_rows=480, n_asked=96) -> dict:
     return found
 
 
-def trl_trainer_with(scene, length):
-    "The plain trainer, with a length limit of its own."
-    trainer_settings = dict(scene.settings)
-    if length != 128:
-        from unittest.mock import patch
-
-        from trl import SFTConfig
-
-        with patch("trl.SFTConfig", lambda **options: SFTConfig(**{**options, "max_length": length})):
-            return trl_trainer(scene)
-    scene.settings = trainer_settings
-    return trl_trainer(scene)
-
-
 def held_out_loss(model, tokenizer, records) -> float:
     "Nats a token of the right answers, asked as they should be."
     from finetuning_kit.tokens import encode_records
     from finetuning_kit.watching import mean_log_probability
 
-    value = -mean_log_probability(model, encode_records(tokenizer, records, max_length=128).rows)
+    rows = encode_records(tokenizer, records, max_length=128).rows
+    value = -mean_log_probability(model, rows, tokenizer.pad_token_id)
     return round(value, 3) if value == value else None
 
 
@@ -268,15 +255,15 @@ def held_out_loss(model, tokenizer, records) -> float:
 CURVES = {
     "nothing wrong": (lambda scene: None, "", ""),
     "the tokenizer belongs to another model": (
-        shift_words, "It begins near 14 nats, far above guessing blindly (7.6), and falls like any other: only the "
-        "start tells.",
+        shift_words, "It begins near 14 nats, far above guessing blindly (7.6), and settles at 6: the new words are "
+        "learned from nothing.",
         "where does it begin, and what would guessing blindly cost?"),
     "a rate that is too high": (
         set_all(learning_rate=8e-2), "The loss climbs first and stays far above the grey curve: every step destroys "
         "more than it teaches.", "does the loss go down from the first steps on?"),
     "rows learned by heart": (
         lambda scene: setattr(scene, "rows", scene.rows[:12]), "The training loss falls to nothing, the held-out loss "
-        "turns and climbs: the two curves part.", "compare the line with the dots."),
+        "stays where it was: the two curves part.", "compare the line with the dots."),
     "answers that belong to other questions": (
         move_answers, "The form of the answers is learned, then both losses stay on a shelf: what is left cannot be "
         "known.",
