@@ -241,14 +241,20 @@ def end_of_turn_id(
     tokenizer,  # a tokenizer of transformers
 ) -> int | None:  # id of the mark that the chat template puts behind an answer; None without one
     "Find the token that ends an answer, by looking behind one"
+    from jinja2 import TemplateSyntaxError
+
     if not tokenizer.chat_template:
         return None
     probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "ftkanswerftk"}]
-    behind = tokenizer.apply_chat_template(probe, tokenize=False).partition("ftkanswerftk")[2]
+    try:
+        behind = tokenizer.apply_chat_template(probe, tokenize=False).partition("ftkanswerftk")[2]
+    except TemplateSyntaxError as problem:
+        raise FinetuningError(f"the chat template of `{tokenizer.name_or_path}` is not valid Jinja, line "
+                              f"{problem.lineno}: {problem.message}; mend it, or take another base model") from None
     end = behind[: end_length(tokenizer, behind) or 0]
     return next((id for mark, id in control_tokens(tokenizer).items() if end.endswith(mark)), None)
 
-
+# %% ../nbs/30_models.ipynb #64b79f1c
 def stop_token_ids(
     tokenizer,  # a tokenizer of transformers
 ) -> list[int]:  # ids, the end of a turn first

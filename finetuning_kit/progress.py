@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['EARLY', 'MEASURES', 'write_weights', 'trainable_bytes', 'save_weights', 'Vitals', 'Progress', 'StepProgress',
-           'early_end', 'RunProgress', 'where_it_broke', 'what_is_left', 'not_finite', 'spike_error', 'interrupts',
-           'peak_memory']
+__all__ = ['EARLY', 'MEASURES', 'write_weights', 'trainable_bytes', 'save_weights', 'Vitals', 'Progress', 'strange_start',
+           'heart_words', 'StepProgress', 'early_end', 'RunProgress', 'where_it_broke', 'what_is_left', 'not_finite',
+           'spike_error', 'interrupts', 'peak_memory']
 
 # %% ../nbs/51_progress.ipynb #26081976
 from .checkpoints import best_steps, evals_since_best, library_versions, saved_checkpoints
@@ -83,16 +83,17 @@ class Vitals:
         self,
         norm: float,  # the gradient's length in this step, before it is shortened
         loss: float,  # this step's loss
-    ) -> str:  # "spike", "gradient", "frozen", or "" when nothing is odd
+    ) -> str:  # "spike", "gradient", "loss", "frozen", or "" when nothing is odd
         "Judge a step by the twenty before it, and remember it."
-        high = wide = False
+        high = wide = far = False
         if len(self.norms) >= 5:
             usual, level = statistics.median(self.norms), statistics.median(self.losses)
             wide, high = norm > 10 * usual > 0, loss > max(2 * level, level + 0.2)
+            far = loss > max(2 * level, level + 3)
         self.norms, self.losses = [*self.norms, norm][-20:], [*self.losses, loss][-20:]
         if self.norms[-5:] == [0.0] * 5 and any(self.norms[-6:-5] or [1.0]):
             return "frozen"
-        return "spike" if wide and high else "gradient" if wide else ""
+        return "spike" if wide and high else "gradient" if wide else "loss" if far else ""
 
 # %% ../nbs/51_progress.ipynb #88713db3
 class Progress(TrainerCallback):
@@ -130,6 +131,31 @@ class Progress(TrainerCallback):
         event = {"type": type, **values} if type == "step" else self.folder.write_event(type, **values)
         if self.on_event and is_main_process():
             self.on_event(event)
+
+# %% ../nbs/51_progress.ipynb #c85451da
+def strange_start(
+    model,  # that is trained
+    loss: float,  # of the first step, before any weight moved
+) -> str:  # a sentence; empty where a trained model might start so
+    "Say when a model begins worse than by guessing blindly."
+    n_ids = model.config.get_text_config().vocab_size
+    if not loss > math.log(n_ids):
+        return ""
+    return (f"the first loss ({loss:.3g}) is above that of guessing blindly among {n_ids:,} tokens "
+            f"({math.log(n_ids):.3g}); see whether tokenizer, template and base belong together")
+
+
+def heart_words(
+    history: list[dict],  # log points and evaluations, by step
+) -> str:  # a sentence; empty where the last evaluation is about the best
+    "Say when a run went on after it had learned what it could."
+    evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    best = best_steps(history, "eval_loss", 1)
+    if not best or not list(evals.values())[-1] > evals[best[0]] * 1.1 + 0.02:
+        return ""
+    return (f"the held-out loss was lowest at step {best[0]} ({evals[best[0]]:.3g}) and ended at "
+            f"{list(evals.values())[-1]:.3g}: from there on the rows were learned by heart; `best_model` is from "
+            f"step {best[0]}, and `early_stopping` ends a run there")
 
 # %% ../nbs/51_progress.ipynb #ca3f77b2
 class StepProgress(Progress):

@@ -24,7 +24,8 @@ from .methods import virtual_positions
 from .packing import RowCollator, weight_sum, weighted_outputs
 from .processes import EvenOrder, fill_up, is_main_process, meet, n_processes, opened_once
 from .processes import shards_weights, sum_over_processes, whole_weights
-from .progress import RunProgress, not_finite, spike_error, trainable_bytes, where_it_broke, write_weights
+from .progress import RunProgress, not_finite, spike_error, strange_start, trainable_bytes
+from .progress import where_it_broke, write_weights
 from .runs import RunFolder, staged
 from .settings import FinetuningError
 from .speed import cast_once, pack_length, packing_problem
@@ -232,7 +233,10 @@ class WatchfulTrainer(QuietTrainer):
             raise spike_error(self.where(step), self.progress)
         texts = {"spike": f"gradient ({norm:.3g}) and loss ({loss:.3g}) jumped together, and the step was taken, for "
                           "`on_spike` is warn", "gradient": f"a gradient of {norm:.3g}, over ten times the usual one",
+                 "loss": f"the loss jumped: {self.where(step) if odd == 'loss' else ''}; look at these rows",
                  "frozen": "five steps with a gradient of 0: nothing learns; look at what is trained, and the labels"}
+        if step == 1 and (words := strange_start(self.model, loss)):
+            self.progress.warn("start", 1, words)
         if odd:
             self.progress.warn(odd, step, texts[odd])
 

@@ -29,7 +29,7 @@ from .checkpoints import Start, base_fingerprint, checkpoint_step, find_start, l
 from .checkpoints import run_fingerprint, saved_checkpoints, set_aside, warm_weights
 from .processes import announce_failure, is_main_process, join_processes, meet, n_processes
 from .processes import shards_weights
-from .progress import EARLY, RunProgress, early_end, interrupts, save_weights
+from .progress import EARLY, RunProgress, early_end, heart_words, interrupts, save_weights
 from .proof import load_weights, prove, remember, room_note
 from .relief import MemoryFull, RelievedTrainer, batch_in_use, free_memory, memory_guard
 from .relief import relief_notes
@@ -213,6 +213,7 @@ def finish_run(
 ) -> None:  # writes adapter or model, metrics.json, loss.png and the end of run.json
     "Write down how a run ended; only one that finished leaves a final adapter or model."
     run.model.eval()
+    run.notes += [words for words in [heart_words(run.history)] if words and not run.ended.startswith(EARLY)]
     folder, evals = run.folder, [entry for entry in run.history if "eval_loss" in entry]
     if run.status == "finished":
         target = folder.adapter if isinstance(run.model, PeftModel) else folder.final_model

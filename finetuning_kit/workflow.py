@@ -18,7 +18,7 @@ from pathlib import Path
 # %% ../nbs/62_workflow.ipynb #5233f83a
 from .checkpoints import find_checkpoint, find_start, run_fingerprint, warm_weights
 from .cockpit import free_folder
-from .config import FineTuningConfig
+from .config import FineTuningConfig, cautions
 from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
 from .ledger import reject_line
 from .machine import probe_machine, resolve_config
@@ -35,6 +35,7 @@ from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
 from .tokens import encode_prompt
+from .trainer import check_fit
 from .training import TrainedRun, train
 from .watching import tracked_rows
 
@@ -210,7 +211,7 @@ def prepare_run(
     if on_event is not None:
         on_event({"type": "stage", "name": "data", "config": config, "data": data, "row_view": row_view,
                   "machine": str(probe_machine()), "notes": notes})
-    return config, data, row_view, notes
+    return config, data, row_view, notes + cautions(config, len(data.train_rows))
 
 # %% ../nbs/62_workflow.ipynb #f53b5ac1
 def start_account(
@@ -326,6 +327,7 @@ def fine_tune(
     folder = open_place(config, folder, rows, resume)
     model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=base_precision(config),
                        device=config.device_map)
+    check_fit(rows[0] + rows[1], model)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
     before = measure(model, tokenizer, config, data, max_answers)
