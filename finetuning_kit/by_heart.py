@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['VERDICTS', 'LEAST_CHANGE', 'SMALLER', 'BY_HEART', 'RehearsalLine', 'Stage', 'short_config', 'Check', 'broken',
+__all__ = ['VERDICTS', 'LEAST_CHANGE', 'SMALLER', 'BY_HEART', 'RehearsalLine', 'Stage', 'short_config', 'Trial', 'broken',
            'attempt', 'answer_stretches', 'records_of', 'prompt_problem', 'mask_problem', 'whole_rows', 'unended',
            'mask_is_right', 'needed_fall', 'judge_losses', 'asked_rows', 'end_loss', 'answer_batch', 'loss_falls',
            'stop_is_learned', 'answers_change', 'open_stage']
@@ -105,7 +105,7 @@ def short_config(
     return stage.config.replace(output_dir=str(stage.place), **settings)
 
 # %% ../nbs/62a_by_heart.ipynb #60c510f3
-class Check(NamedTuple):
+class Trial(NamedTuple):
     "One thing that a rehearsal tries."
     name: str  # what is tried
     run: Callable  # stage -> verdict, evidence, way out
@@ -126,7 +126,7 @@ def broken(
 
 # %% ../nbs/62a_by_heart.ipynb #0b9c5073
 def attempt(
-    check: Check,  # what to try
+    check: Trial,  # what to try
     stage: Stage,  # what it is tried on
 ) -> RehearsalLine:  # red where the check itself breaks
     "Try one thing; whatever goes wrong becomes a line."
@@ -176,7 +176,8 @@ def prompt_problem(
     if stage.config.train_on == "all" or to_messages(record)[-1]["role"] != "assistant":
         return ""
     start, text = answer_stretches(row)[-1][0], stage.tokenizer.decode
-    asked, before = text(encode_prompt(stage.tokenizer, record, formatter_of(stage.config))), text(row.input_ids[:start])
+    asked = text(encode_prompt(stage.tokenizer, record, formatter_of(stage.config)))
+    before = text(row.input_ids[:start])
     first = text(row.input_ids[:start + 1])[len(before):]
     blank = first[:len(first) - len(first.lstrip())]  # a prompt's last space may be the first of a word
     return "" if asked in (before, before + blank) and first.strip() else (
@@ -277,7 +278,8 @@ def asked_rows(
     "Choose the rows that base and tuned model are asked."
     stops = set(stop_token_ids(stage.tokenizer))
     spans = [(row, *answer_stretches(row)[-1]) for row in stage.batch if answer_stretches(row) and not row.n_cut]
-    fit = [(end - start, n, row) for n, (row, start, end) in enumerate(spans) if start and stops & set(row.input_ids[start:])]
+    fit = [(end - start, n, row) for n, (row, start, end) in enumerate(spans)
+           if start and stops & set(row.input_ids[start:])]
     return [row for *_, row in sorted(fit)[:most]]
 
 
@@ -344,8 +346,8 @@ def stop_is_learned(
     n_ended, n_base = (sum(answer.stopped for answer in some) for some in (answers, base))
     by_heart = stage.losses[-1] <= 0.1
     falls = judge_losses([before, after], needed_fall(stage))[0] == "green"
-    told = (f"{n_ended} of {len(answers)} answers end by themselves, {n_base} of the base's; the loss at the end tokens "
-            f"went from {before:.2f} to {after:.2f} nats")
+    told = (f"{n_ended} of {len(answers)} answers end by themselves, {n_base} of the base's; the loss at the end "
+            f"tokens went from {before:.2f} to {after:.2f} nats")
     if n_ended >= 0.9 * len(answers) or falls and not by_heart:
         return "green", told + "; the batch is not known by heart yet" * (not by_heart), ""
     return "red", told, "the end of an answer is not learned: look at the mask, the chat template and the end token"
@@ -369,12 +371,12 @@ def answers_change(
     return "red", told, "the model is still its base: raise `learning_rate`, and look at what the method trains"
 
 # %% ../nbs/62a_by_heart.ipynb #e34161fb
-SMALLER = ("halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, set `gradient_checkpointing`, "
-           "or lower `max_seq_length`")
-BY_HEART = (Check("the mask is right", mask_is_right, "look at the chat template and at `dataset_format`", False),
-            Check("the loss falls", loss_falls, SMALLER, needs_run=False),
-            Check("the stop token is learned", stop_is_learned, "look at the mask and the chat template"),
-            Check("the answers change", answers_change, "look at what the method trains"))
+SMALLER = ("halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, set "
+           "`gradient_checkpointing`, or lower `max_seq_length`")
+BY_HEART = (Trial("the mask is right", mask_is_right, "look at the chat template and at `dataset_format`", False),
+            Trial("the loss falls", loss_falls, SMALLER, needs_run=False),
+            Trial("the stop token is learned", stop_is_learned, "look at the mask and the chat template"),
+            Trial("the answers change", answers_change, "look at what the method trains"))
 
 
 def open_stage(

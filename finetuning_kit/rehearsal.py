@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['REPLAYED', 'ROUNDING', 'CHECKS', 'Findings', 'Rehearsal', 'open_trainer', 'longest_rows', 'evaluation_fits',
+__all__ = ['REPLAYED', 'ROUNDING', 'TRIALS', 'RehearsalLines', 'Rehearsal', 'open_trainer', 'longest_rows', 'evaluation_fits',
            'longest_fits', 'checkpoint_resumes', 'merge_is_exact', 'missing_files', 'export_faults', 'read_back',
            'export_works', 'size_of', 'bytes_written', 'room_suffices', 'untouched_chance', 'beside', 'rehearse']
 
 # %% ../nbs/62b_rehearsal.ipynb #e4f70494
-from .by_heart import BY_HEART, SMALLER, VERDICTS, Check, RehearsalLine, Stage
+from .by_heart import BY_HEART, SMALLER, VERDICTS, Trial, RehearsalLine, Stage
 from .by_heart import attempt, open_stage, short_config
 from .checkpoints import saved_checkpoints
 from .config import FineTuningConfig
@@ -48,7 +48,7 @@ import torch
 
 # %% ../nbs/62b_rehearsal.ipynb #838bbc52
 @dataclass
-class Findings:
+class RehearsalLines:
     "Lines, in the order in which they were found."
     lines: list[RehearsalLine]  # what was tried
     notes: list[str] = field(default_factory=list)  # what the run would change in its settings
@@ -70,14 +70,14 @@ class Findings:
         told = f"{n_passed} of {len(self.lines)} lines are in order, {self.seconds:.0f} s"
         return f"{told}; {first}" if first else told
 
-    def require(self) -> Findings:  # itself
+    def require(self) -> RehearsalLines:  # itself
         "Refuse to go on after a red line."
         if not self.passed:
             raise FinetuningError(f"the rehearsal failed, and nothing was trained: {self.verdict()}")
         return self
 
 # %% ../nbs/62b_rehearsal.ipynb #35fd891e
-class Rehearsal(Findings):
+class Rehearsal(RehearsalLines):
     "All that a rehearsal found; shows itself as a table."
 
     def __repr__(self):
@@ -201,8 +201,8 @@ def merge_is_exact(
         why = "changes no weight" if stage.config.trains_adapter else "trains the model itself"
         return "does not apply", f"`method` {stage.config.method} {why}, so there is nothing to merge", ""
     check = merge_and_verify(stage.run, stage.config, stage.data, n_prompts=16)
-    told = (f"{check.n_same_answers} of {check.n_prompts} answers equal, logits within {check.max_logit_difference:.0e}, "
-            f"{check.relative_difference:.1e} of the adapter's effect ({check.limit:g} allowed)")
+    told = (f"{check.n_same_answers} of {check.n_prompts} answers equal, logits within "
+            f"{check.max_logit_difference:.0e}, {check.relative_difference:.1e} of the adapter's effect ({check.limit:g} allowed)")
     rounding = check.n_same_answers == check.n_prompts and check.max_logit_difference <= ROUNDING
     fix = "use the `adapter` with its base; half precision and 4 bits round when merged, fp32 does not"
     return ("green", told, "") if check.passed or rounding else ("red", told, fix)
@@ -303,7 +303,8 @@ def room_suffices(
     if not can_merge(stage.config):
         return "green", told, ""
     n_bytes = {"fp32": 4}.get(base_precision(stage.config), 2)
-    memory, have = n_bytes * sum(map(torch.Tensor.numel, stage.run.model.parameters())) / 2**30, cpu_of(Machine()).free_gib
+    memory = n_bytes * sum(map(torch.Tensor.numel, stage.run.model.parameters())) / 2**30
+    have = cpu_of(Machine()).free_gib
     told += f"; a merge reads {memory:.2f} GiB into memory, {have:.1f} GiB are free"
     fix = "close other programs, or merge later with `merge_lora_weights` on a larger machine"
     return ("green", told, "") if memory <= have else ("red", told, fix)
@@ -341,14 +342,14 @@ def beside(
         shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/62b_rehearsal.ipynb #d3a34097
-CHECKS = (
+TRIALS = (
     *BY_HEART,
-    Check("merged = adapter", merge_is_exact, "make room, or merge later with `merge_lora_weights` on a larger machine"),
-    Check("the export can be read", export_works, "look at the base's files"),
-    Check("disk and memory suffice", room_suffices, "look at `output_dir`"),
-    Check("evaluation fits", evaluation_fits, "halve `per_device_eval_batch_size`, or lower `max_seq_length`", False),
-    Check("the longest batch fits", longest_fits, SMALLER, needs_run=False),
-    Check("a checkpoint goes on", checkpoint_resumes, "do not rely on `resume` with these settings"))
+    Trial("merged = adapter", merge_is_exact, "make room, or merge with `merge_lora_weights` on a larger machine"),
+    Trial("the export can be read", export_works, "look at the base's files"),
+    Trial("disk and memory suffice", room_suffices, "look at `output_dir`"),
+    Trial("evaluation fits", evaluation_fits, "halve `per_device_eval_batch_size`, or lower `max_seq_length`", False),
+    Trial("the longest batch fits", longest_fits, SMALLER, needs_run=False),
+    Trial("a checkpoint goes on", checkpoint_resumes, "do not rely on `resume` with these settings"))
 
 
 def rehearse(
@@ -367,7 +368,7 @@ def rehearse(
     lines = []
     with untouched_chance(), beside(config.output_dir) as place:
         stage, notes = open_stage(config, place, dataset, eval_dataset, n_steps)
-        for check in CHECKS:
+        for check in TRIALS:
             lines.append(attempt(check, stage))
             if on_line is not None:
                 on_line(lines[-1])

@@ -401,7 +401,7 @@ def own_forward(
         yield
     finally:
         for part, forward in zip(parts, kept):
-            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # else a second run has no autocast
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
                 vars(part).pop(name, None)
             if forward is not None:
                 part.forward = forward

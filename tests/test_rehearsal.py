@@ -13,12 +13,12 @@ from finetuning_kit.by_heart import BY_HEART, attempt, mask_is_right, open_stage
 from finetuning_kit.merging import fold_adapter
 from finetuning_kit.models import pocket_model_path
 from finetuning_kit.profiles import demo_config
-from finetuning_kit.rehearsal import CHECKS, rehearse
+from finetuning_kit.rehearsal import TRIALS, rehearse
 from finetuning_kit.trainer import KitTrainer
 from finetuning_kit.training import train
 from tests.runs_apart import ROWS
 
-CHECK = {check.name: check for check in CHECKS}
+TRIAL = {check.name: check for check in TRIALS}
 
 
 def verdicts(lines):
@@ -28,7 +28,7 @@ def verdicts(lines):
 
 def tried(stage, *names):
     "The lines of some checks."
-    return [attempt(CHECK[name], stage) for name in names]
+    return [attempt(TRIAL[name], stage) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def fresh(tmp_path, n_steps=6, **changes):
     return open_stage(demo_config(output_dir=str(tmp_path / "runs"), **changes), tmp_path / "place", n_steps=n_steps)[0]
 
 
-# --- nothing to find ---------------------------------------------------------------------------------------------------
+# --- nothing to find ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method, changes, apart", [
     ("lora", {"bf16": True}, []), ("dora", {}, []), ("full", {"learning_rate": 1e-4}, ["merged = adapter"]),
     ("prefix", {"learning_rate": 3e-2}, ["merged = adapter"])])
@@ -81,7 +81,7 @@ def test_a_run_after_a_rehearsal_is_the_run_without_it(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-# --- the mask ----------------------------------------------------------------------------------------------------------
+# --- the mask -------------------------------------------------------------------------------------------------------
 def masked(stage, change):
     "The same stage with other labels."
     rows = [replace(row, labels=change(row)) for row in stage.data.train_rows.rows]
@@ -92,8 +92,6 @@ def masked(stage, change):
 def test_an_end_that_is_masked_with_the_padding(stage):
     end = stage.tokenizer.convert_tokens_to_ids("<|im_end|>")
     spoilt = masked(stage, lambda row: [-100 if label == end else label for label in row.labels])
-    found = verdicts(attempt(check, replace(spoilt, place=stage.place / "again", n_steps=24)) for check in BY_HEART[:1])
-    assert found == {"the mask is right": "red"}
     spoilt = replace(spoilt, place=stage.place / "spoilt", n_steps=24)
     assert list(verdicts(attempt(check, spoilt) for check in BY_HEART).values()) == ["red", "green", "red", "green"]
 
@@ -135,7 +133,7 @@ def test_a_template_without_an_end_gets_one(tmp_path):
     assert found[0] == "green" and "<|im_end|>' after" in found[1], found  # `encode_records` appends it
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------------------------
 def test_a_rate_that_moves_nothing(tmp_path):
     lines = [attempt(check, stage) for stage in [fresh(tmp_path, learning_rate=2e-9)] for check in BY_HEART]
     assert list(verdicts(lines).values()) == ["green", "red", "red", "red"]
@@ -155,11 +153,12 @@ def test_frozen_weights_stop_what_needs_them_and_nothing_else(tmp_path):
     from finetuning_kit.training import prepare_model as prepare
     with patch("finetuning_kit.training.prepare_model", frozen):
         found = rehearse(demo_config(output_dir=str(tmp_path / "runs")), n_steps=6)
-    assert [line.verdict for line in found.lines] == ["green", "red", *["not reached"] * 5, "green", "green", "not reached"]
+    assert [line.verdict for line in found.lines] == [
+        "green", "red", *["not reached"] * 5, "green", "green", "not reached"]
     assert found.lines[1].fix and not found.passed
 
 
-# --- memory and room ---------------------------------------------------------------------------------------------------
+# --- memory and room ------------------------------------------------------------------------------------------------
 def small_device(step, most=100):
     "A step that fails as on a device that is too small."
     def full(trainer, model, inputs, *args, **kwargs):
@@ -193,7 +192,7 @@ def test_too_little_memory_for_the_merge(stage):
     assert line.verdict == "red" and "merge later" in line.fix
 
 
-# --- what is kept ------------------------------------------------------------------------------------------------------
+# --- what is kept ---------------------------------------------------------------------------------------------------
 def test_a_checkpoint_without_its_optimizer(stage):
     checkpoint = stage.run.folder.checkpoints / f"checkpoint-{stage.n_steps - 4}"
     (checkpoint / "optimizer.pt").unlink()
@@ -230,7 +229,7 @@ def test_an_export_that_others_cannot_use(stage, spoil, words):
     assert export.verdict == "red" and words in export.evidence
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------------
 WORDS = ("--base-model", "pocket", "--dataset", "pocket", "--eval-dataset", "pocket:test", "--max-seq-length", "128",
          "--output-dir", "runs")
 
