@@ -27,7 +27,7 @@ def settings(place, **changes):
 
 def losses(run):
     "All losses of a run, held-out ones too."
-    return [entry.get("loss", entry.get("eval_loss")) for entry in run.history if "loss" in entry or "eval_loss" in entry]
+    return [entry[name] for entry in run.history for name in ("loss", "eval_loss") if name in entry]
 
 
 @pytest.fixture
