@@ -288,7 +288,7 @@ def run_clean(
         screen.line("", "nothing was written; name a file with --output")
     return 0
 
-# %% ../nbs/66_cli.ipynb #a5c3d14b
+# %% ../nbs/66_cli.ipynb #e0788560
 def add_estimate(
     parser: argparse.ArgumentParser,  # of the command
 ) -> None:  # the parser is changed
@@ -298,49 +298,7 @@ def add_estimate(
     parser.add_argument("--rows", metavar="N", type=count, help="training rows, where no dataset is named")
     parser.add_argument("--length", metavar="N", type=count, help="tokens of a row, where no dataset is named (default: "
                         "the longest that is allowed)")
-    parser.add_argument("--gpu", metavar="NAME", help="the device it is about, such as T4 or H100 (default: this machine)")
-    parser.add_argument("--json", action="store_true", help="print the forecast as JSON, bytes and seconds")
-    add_flags(parser)
-
-
-def run_estimate(
-    options: dict,  # what the command line gave
-) -> int:  # 0: it fits for sure or probably; 1: it does not
-    "Say what a run would take, from the model's config"
-    import json
-
-    from finetuning_kit.forecast import estimate
-    from finetuning_kit.profiles import compose
-
-    config, n_rows = compose(layers_of(options)).config, options["rows"]
-    lengths = [options["length"]] * (n_rows or 1) if options["length"] is not None else None
-    if config.dataset and n_rows is None and lengths is None:
-        from finetuning_kit.models import load_tokenizer
-        from finetuning_kit.workflow import prepare_run
-
-        data = prepare_run(config, load_tokenizer(config.model_name))[1]
-        lengths = [row.n_tokens for row in data.train_rows]
-        n_rows = len(lengths)
-    forecast = estimate(config, n_rows, lengths, options["gpu"])
-    if options["json"]:
-        print(json.dumps(forecast.to_dict(), indent=1))
-    else:
-        screen = Screen()
-        for title, text in forecast.lines():
-            screen.line(title, text)
-    return int(forecast.here.verdict not in ("yes", "probably"))
-
-# %% ../nbs/66_cli.ipynb #5da7e07f
-def add_estimate(
-    parser: argparse.ArgumentParser,  # of the command
-) -> None:  # the parser is changed
-    "Add the flags of `estimate`"
-    parser.usage = "%(prog)s [flags]  (--help lists them)"
-    add_names(parser)
-    parser.add_argument("--rows", metavar="N", type=count, help="training rows, where no dataset is named")
-    parser.add_argument("--length", metavar="N", type=count, help="tokens of a row, where no dataset is named (default: "
-                        "the longest that is allowed)")
-    parser.add_argument("--gpu", metavar="NAME", help="the device it is about, such as T4 or H100 (default: this machine)")
+    parser.add_argument("--gpu", metavar="NAME", help="the device, such as T4 or H100 (default: this machine)")
     parser.add_argument("--json", action="store_true", help="print the forecast as JSON, bytes and seconds")
     add_flags(parser)
 
@@ -376,8 +334,7 @@ def run_estimate(
 COMMANDS = {  # name -> help, flags, run
     "demo": ("teach the pocket model to answer questions (about a minute)", add_demo, run_demo),
     "train": ("fine-tune a model on your own rows", add_train, run_train),
-    "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
-    "estimate": ("say beforehand how much memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
+    "estimate": ("say beforehand what memory and time a run takes, and which GPUs it fits", add_estimate, run_estimate),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),
