@@ -288,7 +288,7 @@ def run_clean(
         screen.line("", "nothing was written; name a file with --output")
     return 0
 
-# %% ../nbs/66_cli.ipynb #e0788560
+# %% ../nbs/66_cli.ipynb #41d4c4de
 def add_estimate(
     parser: argparse.ArgumentParser,  # of the command
 ) -> None:  # the parser is changed
@@ -296,8 +296,8 @@ def add_estimate(
     parser.usage = "%(prog)s [flags]  (--help lists them)"
     add_names(parser)
     parser.add_argument("--rows", metavar="N", type=count, help="training rows, where no dataset is named")
-    parser.add_argument("--length", metavar="N", type=count, help="tokens of a row, where no dataset is named (default: "
-                        "the longest that is allowed)")
+    parser.add_argument("--length", metavar="N", type=count, help="tokens of a row, where no dataset is named "
+                        "(default: the longest that is allowed)")
     parser.add_argument("--gpu", metavar="NAME", help="the device, such as T4 or H100 (default: this machine)")
     parser.add_argument("--json", action="store_true", help="print the forecast as JSON, bytes and seconds")
     add_flags(parser)

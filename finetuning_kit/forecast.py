@@ -234,7 +234,7 @@ def memory_span(
     times, beside = HELD["gpu" if on_gpu else "cpu"]
     return times.scaled(tensors).plus(beside.scaled(GIB))
 
-# %% ../nbs/53b_forecast.ipynb #22e21419
+# %% ../nbs/53b_forecast.ipynb #70f5e7f2
 @dataclass
 class Fit:
     "One device's answer"
@@ -301,16 +301,16 @@ class Forecast:
                            f"{each.memory.words(BYTES):20} {took}")
         told = dict.fromkeys(f"{each.name}: {note}" for each in [fit, *self.gpus] for note in each.notes)
         steps = f"{fit.n_steps:,} optimizer steps" if fit.n_steps else "name --rows for the time of the whole run"
-        end = (f"{fit.name}: fits {fit.verdict}; {steps}; brackets hold 95 %; loading, evaluation and saving come on top "
-               "of the time")
+        end = (f"{fit.name}: fits {fit.verdict}; {steps}; brackets hold 95 %; loading, evaluation and saving come on "
+               "top of the time")
         return [("trains", str(fit.budget.count)), ("memory", "\n".join(parts)), ("devices", "\n".join(devices)),
                 ("note", "\n".join(told)), ("forecast", end)]
 
     def to_dict(self) -> dict:
         "Everything as plain data, bytes and seconds."
         def plain(fit):
-            return {"device": fit.name, "fits": fit.verdict, "usable_bytes": fit.usable, "memory_bytes": vars(fit.memory),
-                    "step_seconds": vars(fit.step), "n_steps": fit.n_steps, "notes": list(fit.notes),
+            return {"device": fit.name, "fits": fit.verdict, "usable_bytes": fit.usable,
+                    "memory_bytes": vars(fit.memory), "step_seconds": vars(fit.step), "n_steps": fit.n_steps, "notes": list(fit.notes),
                     "moments": fit.budget.moments, "fullest": fit.budget.fullest}
         return {"n_rows": self.n_rows, "parameters": vars(self.here.budget.count), "here": plain(self.here),
                 "gpus": [plain(fit) for fit in self.gpus]}
@@ -358,7 +358,7 @@ def fit_gpu(
         config = config.replace(packing=False)
     return fit_on(config, shape, machine, gpu.pace(precision_of(config)), data, gpu.n_gpus, budgets, tuple(notes))
 
-# %% ../nbs/53b_forecast.ipynb #c2468b3a
+# %% ../nbs/53b_forecast.ipynb #255f716c
 def estimate(
     config: FineTuningConfig,  # all settings
     n_rows: int | None = None,  # training rows; None: as many as `lengths`, or not known
@@ -371,7 +371,8 @@ def estimate(
         raise FinetuningError("a forecast needs at least one row, and rows of at least one token; leave out what is "
                               "not known")
     shape, budgets = base_shape(config.model_name if shape is None else shape), {}
-    data = n_rows or (len(lengths) if lengths else None), random.Random(0).sample(lengths, len(lengths)) if lengths else None
+    mixed = random.Random(0).sample(lengths, len(lengths)) if lengths else None
+    data = n_rows or (len(mixed) if mixed else None), mixed
     config = settle_for_method(config)[0]
     if isinstance(machine, str):
         here = fit_gpu(gpu_of(machine)[0], config, shape, data, budgets)
@@ -384,7 +385,7 @@ def estimate(
     gpus = [fit_gpu(name, config, shape, data, budgets) for name in GPUS]
     return Forecast(config, here, gpus, data[0])
 
-# %% ../nbs/53b_forecast.ipynb #9fed7498
+# %% ../nbs/53b_forecast.ipynb #6f7aece1
 PART_COLOURS = {"weights": "#4c72b0", "adapters": "#55a868", "gradients": "#c44e52", "optimizer": "#8172b3",
            "activations": "#dd8452", "logits": "#937860", "runtime": "#b0b0b0"}
 
@@ -395,7 +396,7 @@ def plot_forecast(
     "Draw where memory goes, and which GPUs have enough of it."
     from matplotlib.figure import Figure
 
-    fit, left, show = forecast.here, 0.0, [fit for fit in forecast.gpus if fit.notes[:1] != ("a whole copy on each",)]
+    fit, left, show = forecast.here, 0.0, [fit for fit in forecast.gpus if "x2" not in fit.name]
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     parts = {**fit.budget.parts, "runtime": fit.memory.likely - fit.budget.peak}
