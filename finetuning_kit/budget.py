@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 # %% auto #0
-__all__ = ['FOUR_BITS', 'PARTS', 'base_shape', 'read_shape', 'with_layers', 'round_layers', 'planned_model', 'ParameterPlan',
-           'plan_parameters', 'Tally', 'UnpackedProduct', 'rounded_forward', 'make_fake', 'Passage', 'watch_head',
-           'gpu_kernels', 'StepTrace', 'fake_inputs', 'optimizer_bytes', 'standing_bytes', 'ready_to_trace',
-           'trace_pass', 'trace_step', 'gib', 'MemoryBudget', 'moments_of', 'memory_budget']
+__all__ = ['FOUR_BITS', 'PARTS', 'base_shape', 'read_shape', 'with_layers', 'round_layers', 'planned_model', 'Tally',
+           'UnpackedProduct', 'rounded_forward', 'make_fake', 'Passage', 'watch_head', 'gpu_kernels', 'StepTrace',
+           'fake_inputs', 'optimizer_bytes', 'standing_bytes', 'ready_to_trace', 'trace_pass', 'trace_step', 'gib',
+           'MemoryBudget', 'moments_of', 'memory_budget']
 
-# %% ../nbs/53a_budget.ipynb #7c7bdf3b
+# %% ../nbs/53a_budget.ipynb #ac85e6ac
 from .config import FineTuningConfig
 from .machine import precision_of
 from .methods import VIRTUAL, base_precision, prepare_method
-from .models import ParameterCount, check_model_config, count_parameters, model_files
+from .models import ParameterCount, check_model_config, model_files
 from .models import quiet_libraries, resolve_model_name, torch_dtype
 from .settings import FinetuningError, markdown_table
 from .speed import cast_once
@@ -67,7 +67,7 @@ def read_shape(
         reason = str(problem).strip().split(". ")[0].splitlines()[0]
         raise FinetuningError(f"{path} describes no model that this transformers knows: {reason}") from None
 
-# %% ../nbs/53a_budget.ipynb #7420af02
+# %% ../nbs/53a_budget.ipynb #fe348f99
 def with_layers(
     shape,  # a config of transformers
     n_layers: int,  # layers
@@ -83,7 +83,7 @@ def with_layers(
 
 def round_layers(
     model,  # of shapes alone; changed in place
-) -> None:
+) -> None:  # its layers know that they are rounded
     "Mark the linear layers that 4-bit loading rounds, and hold everything else in fp32, as PEFT does."
     head, whole = model.get_output_embeddings(), set()
     for layer in model.modules():
@@ -116,42 +116,6 @@ def planned_model(
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError) as problem:
         raise FinetuningError(f"no model of type {shape.model_type} can be built for `method` {config.method}: "
                               f"{(str(problem) or type(problem).__name__).splitlines()[0]}") from None
-
-# %% ../nbs/53a_budget.ipynb #6c13861a
-@dataclass
-class ParameterPlan:
-    "How many parameters a model will have, and how many of them train"
-    parts: dict[str, tuple]  # name of layers -> how many layers, their numbers, those that train
-    count: ParameterCount  # of the whole model
-
-    @property
-    def frozen(self) -> int:
-        "Parameters that stay as they are."
-        return self.count.total - self.count.trainable
-
-    def __repr__(self):
-        return f"{self.count}; {self.frozen:,} stay as they are"
-
-    def _repr_markdown_(self):
-        rows = [(f"`{name}`", n, f"{total:,}", f"{trained:,}") for name, (n, total, trained) in self.parts.items()]
-        return markdown_table(["layers", "how many", "numbers", "of which train"], rows) + f"\n\n{self!r}"
-
-
-def plan_parameters(
-    config: FineTuningConfig,  # settings
-    shape,  # the base's own config
-) -> ParameterPlan:  # in all, and layer by layer
-    "Count parameters by the layers that they belong to."
-    model, found = planned_model(config, shape), {}
-    for name, parameter in model.named_parameters():
-        words = [word for word in name.split(".") if word != "base_layer"]
-        at = next((i for i, word in enumerate(words) if word.startswith(PARAMETER_MARKS)), len(words) - 1)
-        label = "virtual tokens" if "prompt_encoder" in words else words[at - 1]
-        layers, total, trained = found.get(label, (set(), 0, 0))
-        size = parameter.numel()
-        found[label] = layers | {tuple(words[:at])}, total + size, trained + size * parameter.requires_grad
-    parts = {name: (len(layers), total, trained) for name, (layers, total, trained) in found.items()}
-    return ParameterPlan(parts, count_parameters(model))
 
 # %% ../nbs/53a_budget.ipynb #9d07c021
 class Tally(TorchDispatchMode):
@@ -252,7 +216,7 @@ def make_fake(
             part.forward = rounded_forward(part)
     return model
 
-# %% ../nbs/53a_budget.ipynb #dcc0ae3f
+# %% ../nbs/53a_budget.ipynb #c915036f
 class Passage(torch.autograd.Function):
     "The door to the head: forward the loss begins there, backward the layers"
 
@@ -271,7 +235,7 @@ class Passage(torch.autograd.Function):
 def watch_head(
     model,  # a language model of fake tensors, with or without adapter; its forward is replaced
     tally: Tally,  # is told when the head is reached
-) -> None:
+) -> None:  # the model gives log-probabilities from now on
     "Let a model give the log-probability of every next token, as TRL computes it."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
@@ -291,7 +255,7 @@ def watch_head(
 @contextmanager
 def gpu_kernels(
     active: bool,  # False: nothing changes
-):
+):  # use as `with gpu_kernels(True):`
     "Let dropout and TRL's head take the memory that they take on a GPU."
     def dropout(x, p=0.5, training=True, inplace=False):
         return torch.ops.aten.native_dropout(x, p, True)[0] if training and p else x

@@ -12,23 +12,60 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['OLD', 'GPUS', 'GIB', 'BYTES', 'SECONDS', 'HELD', 'TIME', 'COLOURS', 'Passes', 'plan_passes', 'Pace', 'quickest',
-           'probe_pace', 'Gpu', 'gpu_of', 'Span', 'memory_span', 'Fit', 'Forecast', 'fit_on', 'fit_gpu', 'estimate',
-           'plot_forecast']
+__all__ = ['OLD', 'GPUS', 'GIB', 'BYTES', 'SECONDS', 'HELD', 'TIME', 'PART_COLOURS', 'ParameterPlan', 'plan_parameters', 'Passes',
+           'plan_passes', 'DevicePace', 'quickest', 'probe_pace', 'Gpu', 'gpu_of', 'LikelySpan', 'memory_span', 'Fit',
+           'Forecast', 'fit_on', 'fit_gpu', 'estimate', 'plot_forecast']
 
-# %% ../nbs/53b_forecast.ipynb #2116fa76
-from .budget import PARTS, MemoryBudget, Tally, base_shape, gib, memory_budget, with_layers
+# %% ../nbs/53b_forecast.ipynb #d5f1fb94
+from .budget import PARTS, MemoryBudget, Tally, base_shape, gib, memory_budget, planned_model
 from .config import FineTuningConfig
 from .machine import Machine, precision_of, probe_machine, resolve_config, settle_precision
 from .methods import VIRTUAL, settle_for_method
-from .models import torch_dtype
+from .models import ParameterCount, count_parameters, torch_dtype
 from .packing import padding_share, plan_packs
 from .settings import FinetuningError, markdown_table
 from .speed import pack_length
+from .targets import PARAMETER_MARKS
 
 # %% ../nbs/53b_forecast.ipynb #1ac46e45
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+# %% ../nbs/53b_forecast.ipynb #583c1067
+@dataclass
+class ParameterPlan:
+    "How many parameters a model will have, and how many of them train"
+    parts: dict[str, tuple]  # name of layers -> how many layers, their numbers, those that train
+    count: ParameterCount  # of the whole model
+
+    @property
+    def frozen(self) -> int:
+        "Parameters that stay as they are."
+        return self.count.total - self.count.trainable
+
+    def __repr__(self):
+        return f"{self.count}; {self.frozen:,} stay as they are"
+
+    def _repr_markdown_(self):
+        rows = [(f"`{name}`", n, f"{total:,}", f"{trained:,}") for name, (n, total, trained) in self.parts.items()]
+        return markdown_table(["layers", "how many", "numbers", "of which train"], rows) + f"\n\n{self!r}"
+
+
+def plan_parameters(
+    config: FineTuningConfig,  # settings
+    shape,  # the base's own config
+) -> ParameterPlan:  # in all, and layer by layer
+    "Count parameters by the layers that they belong to."
+    model, found = planned_model(config, shape), {}
+    for name, parameter in model.named_parameters():
+        words = [word for word in name.split(".") if word != "base_layer"]
+        at = next((i for i, word in enumerate(words) if word.startswith(PARAMETER_MARKS)), len(words) - 1)
+        label = "virtual tokens" if "prompt_encoder" in words else words[at - 1]
+        layers, total, trained = found.get(label, (set(), 0, 0))
+        size = parameter.numel()
+        found[label] = layers | {tuple(words[:at])}, total + size, trained + size * parameter.requires_grad
+    parts = {name: (len(layers), total, trained) for name, (layers, total, trained) in found.items()}
+    return ParameterPlan(parts, count_parameters(model))
 
 # %% ../nbs/53b_forecast.ipynb #eb88729d
 @dataclass
@@ -61,9 +98,9 @@ def plan_passes(
     padded = sum(max(batch) * size for batch in batches) / len(batches)
     return Passes(size, max(known), padded, training.gradient_accumulation_steps)
 
-# %% ../nbs/53b_forecast.ipynb #9f8c4687
+# %% ../nbs/53b_forecast.ipynb #e979dbe0
 @dataclass
-class Pace:
+class DevicePace:
     "What a device does in a second"
     flops: float  # arithmetic of matrix products
     bandwidth: float  # bytes moved
@@ -96,7 +133,7 @@ def quickest(
 
 def probe_pace(
     precision: str = "fp32",  # "fp32", "bf16" or "fp16"
-) -> Pace:  # of this CPU, as many threads as PyTorch uses
+) -> DevicePace:  # of this CPU, as many threads as PyTorch uses
     "Measure what this CPU does in a second, in about a second."
     a, b = (torch.randn(size, 512, dtype=torch_dtype(precision)) for size in (256, 512))
     flops = 2 * 256 * 512 * 512 / quickest(lambda: a @ b.T)
@@ -110,9 +147,9 @@ def probe_pace(
 
     with Tally(model) as tally:
         step()
-    return Pace(flops, bandwidth, quickest(step) / tally.n_ops)
+    return DevicePace(flops, bandwidth, quickest(step) / tally.n_ops)
 
-# %% ../nbs/53b_forecast.ipynb #2a411513
+# %% ../nbs/53b_forecast.ipynb #7aaee568
 @dataclass(frozen=True)
 class Gpu:
     "A GPU, by what it gives a run"
@@ -129,10 +166,10 @@ class Gpu:
         size = self.usable_gib
         return Machine("cuda:0", name, self.n_gpus, 2, size, size, fast_bf16=self.capability >= 8)
 
-    def pace(self, precision: str) -> Pace:
+    def pace(self, precision: str) -> DevicePace:
         "What it does in a second in a real run: about half of its peak."
         peak = self.single_tflops if precision == "fp32" else self.half_tflops
-        return Pace(0.5 * peak * 1e12, 0.7 * self.gb_s * 1e9, 1.5e-5, overlaps=True)
+        return DevicePace(0.5 * peak * 1e12, 0.7 * self.gb_s * 1e9, 1.5e-5, overlaps=True)
 
 
 OLD = "the usual builds of torch have no code for it; the one for CUDA 12.6 has, until torch 2.14"
@@ -154,21 +191,21 @@ def gpu_of(
         raise FinetuningError(f"no GPU called {name!r} is known; known are {', '.join(GPUS)}")
     return plain[key], GPUS[plain[key]]
 
-# %% ../nbs/53b_forecast.ipynb #dec9ad88
+# %% ../nbs/53b_forecast.ipynb #6fa63599
 @dataclass(frozen=True)
-class Span:
+class LikelySpan:
     "A likely value, and the ends of its 95 % interval"
-    low: float
-    likely: float
-    high: float
+    low: float  # lower end
+    likely: float  # the middle
+    high: float  # upper end
 
-    def scaled(self, by: float) -> Span:
+    def scaled(self, by: float) -> LikelySpan:
         "The same, times a number."
-        return Span(self.low * by, self.likely * by, self.high * by)
+        return LikelySpan(self.low * by, self.likely * by, self.high * by)
 
-    def plus(self, other: Span) -> Span:
+    def plus(self, other: LikelySpan) -> LikelySpan:
         "The sum of two, ends added."
-        return Span(self.low + other.low, self.likely + other.likely, self.high + other.high)
+        return LikelySpan(self.low + other.low, self.likely + other.likely, self.high + other.high)
 
     def words(
         self,
@@ -184,27 +221,27 @@ class Span:
 GIB = 2**30
 BYTES = ((GIB / 10, 2**20, "MiB"), (math.inf, GIB, "GiB"))  # below -> divided by, unit
 SECONDS = ((1, 1e-3, "ms"), (100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days"))
-HELD = {"cpu": (Span(0.8, 1.22, 1.85), Span(0.45, 0.6, 0.9)),  # times the tensors; GiB beside them
-        "gpu": (Span(1.0, 1.04, 1.15), Span(0.3, 0.6, 1.1))}
-TIME = {"cpu": Span(1.1, 1.9, 3.2), "gpu": Span(0.5, 1.0, 2.5)}  # times the forecast
+HELD = {"cpu": (LikelySpan(0.8, 1.22, 1.85), LikelySpan(0.45, 0.6, 0.9)),  # times the tensors; GiB beside them
+        "gpu": (LikelySpan(1.0, 1.04, 1.15), LikelySpan(0.3, 0.6, 1.1))}
+TIME = {"cpu": LikelySpan(1.1, 1.9, 3.2), "gpu": LikelySpan(0.5, 1.0, 2.5)}  # times the forecast
 
 
 def memory_span(
     tensors: float,  # bytes
     on_gpu: bool,  # where
-) -> Span:  # bytes that the process takes there
+) -> LikelySpan:  # bytes that the process takes there
     "Say how much memory so many bytes of tensors take."
     times, beside = HELD["gpu" if on_gpu else "cpu"]
     return times.scaled(tensors).plus(beside.scaled(GIB))
 
-# %% ../nbs/53b_forecast.ipynb #6823a346
+# %% ../nbs/53b_forecast.ipynb #70f5e7f2
 @dataclass
 class Fit:
     "One device's answer"
     name: str  # the device
     usable: float  # bytes that it has
-    memory: Span  # bytes that the run takes
-    step: Span  # seconds of an optimizer step
+    memory: LikelySpan  # bytes that the run takes
+    step: LikelySpan  # seconds of an optimizer step
     n_steps: int | None  # optimizer steps; None: the number of rows is not known
     budget: MemoryBudget  # its parts
     notes: tuple = ()  # what is different there
@@ -216,7 +253,7 @@ class Fit:
         return next((word for word, size in ends if size <= self.usable), "no")
 
     @property
-    def time(self) -> Span | None:
+    def time(self) -> LikelySpan | None:
         "Seconds of the whole run's steps."
         return self.step.scaled(self.n_steps) if self.n_steps else None
 
@@ -264,26 +301,26 @@ class Forecast:
                            f"{each.memory.words(BYTES):20} {took}")
         told = dict.fromkeys(f"{each.name}: {note}" for each in [fit, *self.gpus] for note in each.notes)
         steps = f"{fit.n_steps:,} optimizer steps" if fit.n_steps else "name --rows for the time of the whole run"
-        end = (f"{fit.name}: fits {fit.verdict}; {steps}; brackets hold 95 %; loading, evaluation and saving come on top "
-               "of the time")
+        end = (f"{fit.name}: fits {fit.verdict}; {steps}; brackets hold 95 %; loading, evaluation and saving come on "
+               "top of the time")
         return [("trains", str(fit.budget.count)), ("memory", "\n".join(parts)), ("devices", "\n".join(devices)),
                 ("note", "\n".join(told)), ("forecast", end)]
 
     def to_dict(self) -> dict:
         "Everything as plain data, bytes and seconds."
         def plain(fit):
-            return {"device": fit.name, "fits": fit.verdict, "usable_bytes": fit.usable, "memory_bytes": vars(fit.memory),
-                    "step_seconds": vars(fit.step), "n_steps": fit.n_steps, "notes": list(fit.notes),
+            return {"device": fit.name, "fits": fit.verdict, "usable_bytes": fit.usable,
+                    "memory_bytes": vars(fit.memory), "step_seconds": vars(fit.step), "n_steps": fit.n_steps, "notes": list(fit.notes),
                     "moments": fit.budget.moments, "fullest": fit.budget.fullest}
         return {"n_rows": self.n_rows, "parameters": vars(self.here.budget.count), "here": plain(self.here),
                 "gpus": [plain(fit) for fit in self.gpus]}
 
-# %% ../nbs/53b_forecast.ipynb #e49c91ea
+# %% ../nbs/53b_forecast.ipynb #cef12b53
 def fit_on(
     config: FineTuningConfig,  # settings, suited to the device
     shape,  # the base's own config
     machine: Machine,  # the device
-    pace: Pace,  # what it does in a second
+    pace: DevicePace,  # what it does in a second
     data: tuple = (None, None),  # number of training rows; their lengths in tokens; None: not known
     n_processes: int = 1,  # that share the rows
     budgets: dict | None = None,  # of other devices, by what makes a difference; None: nothing to share
@@ -321,7 +358,7 @@ def fit_gpu(
         config = config.replace(packing=False)
     return fit_on(config, shape, machine, gpu.pace(precision_of(config)), data, gpu.n_gpus, budgets, tuple(notes))
 
-# %% ../nbs/53b_forecast.ipynb #c2468b3a
+# %% ../nbs/53b_forecast.ipynb #255f716c
 def estimate(
     config: FineTuningConfig,  # all settings
     n_rows: int | None = None,  # training rows; None: as many as `lengths`, or not known
@@ -334,7 +371,8 @@ def estimate(
         raise FinetuningError("a forecast needs at least one row, and rows of at least one token; leave out what is "
                               "not known")
     shape, budgets = base_shape(config.model_name if shape is None else shape), {}
-    data = n_rows or (len(lengths) if lengths else None), random.Random(0).sample(lengths, len(lengths)) if lengths else None
+    mixed = random.Random(0).sample(lengths, len(lengths)) if lengths else None
+    data = n_rows or (len(mixed) if mixed else None), mixed
     config = settle_for_method(config)[0]
     if isinstance(machine, str):
         here = fit_gpu(gpu_of(machine)[0], config, shape, data, budgets)
@@ -347,8 +385,8 @@ def estimate(
     gpus = [fit_gpu(name, config, shape, data, budgets) for name in GPUS]
     return Forecast(config, here, gpus, data[0])
 
-# %% ../nbs/53b_forecast.ipynb #e84e0729
-COLOURS = {"weights": "#4c72b0", "adapters": "#55a868", "gradients": "#c44e52", "optimizer": "#8172b3",
+# %% ../nbs/53b_forecast.ipynb #6f7aece1
+PART_COLOURS = {"weights": "#4c72b0", "adapters": "#55a868", "gradients": "#c44e52", "optimizer": "#8172b3",
            "activations": "#dd8452", "logits": "#937860", "runtime": "#b0b0b0"}
 
 
@@ -358,12 +396,12 @@ def plot_forecast(
     "Draw where memory goes, and which GPUs have enough of it."
     from matplotlib.figure import Figure
 
-    fit, left, show = forecast.here, 0.0, [fit for fit in forecast.gpus if fit.notes[:1] != ("a whole copy on each",)]
+    fit, left, show = forecast.here, 0.0, [fit for fit in forecast.gpus if "x2" not in fit.name]
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     parts = {**fit.budget.parts, "runtime": fit.memory.likely - fit.budget.peak}
     for part, size in parts.items():
-        axes.barh(len(show), size / GIB, left=left / GIB, color=COLOURS[part], label=f"{part} {gib(size)}")
+        axes.barh(len(show), size / GIB, left=left / GIB, color=PART_COLOURS[part], label=f"{part} {gib(size)}")
         left += size
     axes.plot([fit.memory.low / GIB, fit.memory.high / GIB], [len(show)] * 2, color="black", marker="|", linewidth=1)
     for at, gpu in enumerate(reversed(show)):
