@@ -234,7 +234,7 @@ def memory_span(
     times, beside = HELD["gpu" if on_gpu else "cpu"]
     return times.scaled(tensors).plus(beside.scaled(GIB))
 
-# %% ../nbs/55_forecast.ipynb #70f5e7f2
+# %% ../nbs/55_forecast.ipynb #20841a01
 @dataclass
 class Fit:
     "One device's answer"
@@ -310,7 +310,8 @@ class Forecast:
         "Everything as plain data, bytes and seconds."
         def plain(fit):
             return {"device": fit.name, "fits": fit.verdict, "usable_bytes": fit.usable,
-                    "memory_bytes": vars(fit.memory), "step_seconds": vars(fit.step), "n_steps": fit.n_steps, "notes": list(fit.notes),
+                    "memory_bytes": vars(fit.memory), "step_seconds": vars(fit.step), "n_steps": fit.n_steps,
+                    "notes": list(fit.notes),
                     "moments": fit.budget.moments, "fullest": fit.budget.fullest}
         return {"n_rows": self.n_rows, "parameters": vars(self.here.budget.count), "here": plain(self.here),
                 "gpus": [plain(fit) for fit in self.gpus]}
@@ -385,7 +386,7 @@ def estimate(
     gpus = [fit_gpu(name, config, shape, data, budgets) for name in GPUS]
     return Forecast(config, here, gpus, data[0])
 
-# %% ../nbs/55_forecast.ipynb #6f7aece1
+# %% ../nbs/55_forecast.ipynb #bc3bbc69
 PART_COLOURS = {"weights": "#4c72b0", "adapters": "#55a868", "gradients": "#c44e52", "optimizer": "#8172b3",
            "activations": "#dd8452", "logits": "#937860", "runtime": "#b0b0b0"}
 
@@ -412,6 +413,6 @@ def plot_forecast(
     axes.set_xlabel("GiB")
     axes.set_xlim(0, max(85.0, fit.memory.high / GIB) * 1.08)
     axes.set_title(f"{fit.memory.words(BYTES)} on {fit.name}", fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
