@@ -59,7 +59,7 @@ def said(
     "Take a row's words."
     return tuple(turn["content"] for turn in row["messages"])
 
-# %% ../nbs/75_zoo.ipynb #f1b546f3
+# %% ../nbs/75_zoo.ipynb #97db16ea
 CLEAN = {
     "as shipped": lambda scene: None,
     "German": ask_in("Was ist {a} plus {b}?", "{a} plus {b} ist {sum}."),
@@ -74,7 +74,7 @@ CLEAN = {
     "tables": ask_in("Tabulate {a} and {b}.", "| a | b | sum |\n| --- | --- | --- |\n| {a} | {b} | {sum} |"),
     "few rows": ask_in("What is {a} plus {b}?", "It is {sum}.", 12),
     "long answers": change_rows(lambda row: talk(said(row)[0], f"{said(row)[1]} " + " ".join(
-        f"Point {k} of {said(row)[1]}." for k in range(6)))),
+        f"Point {k} of {said(row)[1]}." for k in range(3)))),
     "yes and no": change_rows(lambda row: talk(f"Is this a short answer: {said(row)[1]}",
                                                "yes" if len(said(row)[1]) < 14 else "no")),
     "system texts": change_rows(lambda row: {
@@ -154,13 +154,13 @@ def family_table(
     head = ["family", "faults", *CAUGHT, "missed", "TRL: error", "TRL: warns", "TRL: silent", "not asked"]
     return markdown_table(head, [*rows, ["all", *(sum(row[n] for row in rows) for n in range(1, len(head)))]])
 
-# %% ../nbs/75_zoo.ipynb #7848e153
+# %% ../nbs/75_zoo.ipynb #9fd3df80
 def harm_table(
     found: dict,  # as `measured` gives it
 ) -> str:  # Markdown
     "Show what faults cost that nobody stops."
-    words = lambda figures: (f"{figures['exact_match']:.0%}, {figures['stop_rate']:.0%}, {figures['loss']:.3g}"
-                             if "exact_match" in figures else str(figures.get("words", "")))
+    words = lambda figures: (f"{figures['exact_match']:.0%}, {figures['stop_rate']:.0%}, "
+                             + ("no number" if figures["loss"] is None else f"{figures['loss']:.3g}"))
     rows = [[name, words(figures), figures.get("why", "")] for name, figures in found["harm"].items()]
     head = ["trained by plain TRL with", "right answers, answers that end, held-out loss", "what happened"]
     return markdown_table(head, rows)
