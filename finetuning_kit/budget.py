@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 # %% auto #0
-__all__ = ['FOUR_BITS', 'PARTS', 'base_shape', 'read_shape', 'with_layers', 'round_layers', 'planned_model', 'Tally',
+__all__ = ['FOUR_BITS', 'PARTS', 'base_shape', 'read_shape', 'with_layers', 'round_layers', 'planned_model', 'Holdings', 'Tally',
            'UnpackedProduct', 'rounded_forward', 'make_fake', 'Passage', 'watch_head', 'gpu_kernels', 'StepTrace',
            'fake_inputs', 'optimizer_bytes', 'standing_bytes', 'ready_to_trace', 'trace_pass', 'trace_step', 'gib',
            'MemoryBudget', 'moments_of', 'memory_budget']
@@ -94,7 +94,7 @@ def round_layers(
         if id(parameter) not in whole:
             parameter.data = parameter.data.float()
 
-
+# %% ../nbs/54_budget.ipynb #9f071e62
 def planned_model(
     config: FineTuningConfig,  # settings; precision and 4 bits are taken as they stand
     shape,  # the base's own config
@@ -118,34 +118,15 @@ def planned_model(
                               f"{(str(problem) or type(problem).__name__).splitlines()[0]}") from None
 
 # %% ../nbs/54_budget.ipynb #9d07c021
-class Tally(TorchDispatchMode):
-    "Counts the bytes, the operations and the arithmetic of whatever runs inside it"
+class Holdings:
+    "What is held, by kind: each storage counted once, and as long as it is there"
 
-    def __init__(
-        self,
-        model=None,  # its parameters and their gradients are known, and not counted again
-    ):
-        super().__init__()
-        self.known, self.kind, self.moment = weakref.WeakKeyDictionary(), "activations", "forward"
-        self.now, self.peaks = dict.fromkeys(("activations", "logits", "gradients"), 0), {}
-        self.flops = self.n_ops = self.traffic = 0
-        for tensor in [*model.parameters(), *model.buffers()] if model is not None else ():
-            for each in (tensor, tensor.grad):
-                if each is not None:
-                    self.known[each.untyped_storage()] = ["model"]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = sum(self.note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor))
-        rule = flop_registry.get(function._overloadpacket)
-        self.flops += rule(*args, **(kwargs or {}), out_val=out) if rule else 0
-        if made or function._schema.is_mutable:
-            read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-            self.traffic += made + sum(each.numel() * each.element_size() for each in read)
-            self.n_ops += 1
-        if sum(self.now.values()) >= sum(self.peaks.get(self.moment, {}).values()):
-            self.peaks[self.moment] = dict(self.now)
-        return out
+    def __init__(self, model=None):  # a model's parameters and their gradients are known, and not counted again
+        self.known, self.kind = weakref.WeakKeyDictionary(), "activations"
+        self.now = dict.fromkeys(("activations", "logits", "gradients"), 0)
+        tensors = [*model.parameters(), *model.buffers()] if model is not None else []
+        for each in [*tensors, *(tensor.grad for tensor in tensors if tensor.grad is not None)]:
+            self.known[each.untyped_storage()] = ["model"]
 
     def note(self, tensor):
         "Count a storage once, until it is let go of"
@@ -170,6 +151,29 @@ class Tally(TorchDispatchMode):
             self.now[label[0]] -= size
             self.now["gradients"] += size
             label[0] = "gradients"
+
+# %% ../nbs/54_budget.ipynb #0999b2bb
+class Tally(Holdings, TorchDispatchMode):
+    "Counts the bytes, the operations and the arithmetic of whatever runs inside it"
+
+    def __init__(self, model=None):  # whose parameters and gradients are not counted
+        Holdings.__init__(self, model)
+        TorchDispatchMode.__init__(self)
+        self.moment, self.peaks = "forward", {}
+        self.flops = self.n_ops = self.traffic = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = sum(self.note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor))
+        rule = flop_registry.get(function._overloadpacket)
+        self.flops += rule(*args, **(kwargs or {}), out_val=out) if rule else 0
+        if made or function._schema.is_mutable:
+            read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+            self.traffic += made + sum(each.numel() * each.element_size() for each in read)
+            self.n_ops += 1
+        if sum(self.now.values()) >= sum(self.peaks.get(self.moment, {}).values()):
+            self.peaks[self.moment] = dict(self.now)
+        return out
 
 # %% ../nbs/54_budget.ipynb #8f98cd15
 class UnpackedProduct(torch.autograd.Function):
@@ -231,7 +235,7 @@ class Passage(torch.autograd.Function):
         ctx.tally.moment, ctx.tally.kind = "backward", "activations"
         return gradient, None
 
-
+# %% ../nbs/54_budget.ipynb #11a8a4b1
 def watch_head(
     model,  # a language model of fake tensors, with or without adapter; its forward is replaced
     tally: Tally,  # is told when the head is reached
@@ -355,7 +359,7 @@ def ready_to_trace(
         parameter.register_post_accumulate_grad_hook(tally.claim)
     return model, tally
 
-
+# %% ../nbs/54_budget.ipynb #5b79c833
 def trace_pass(
     config: FineTuningConfig,  # settings
     shape,  # the base's own config, every layer of it is traced
@@ -476,8 +480,7 @@ def memory_budget(
     "Say where a run's memory goes."
     training = config.training
     size = rows or training.per_device_train_batch_size, length or config.max_seq_length
-    several = rows or training.per_device_eval_batch_size
     traced = trace_step(config, shape, *size, on_gpu)
-    looked = trace_step(config, shape, several, size[1], on_gpu, train=False)
+    looked = trace_step(config, shape, rows or training.per_device_eval_batch_size, size[1], on_gpu, train=False)
     count = ParameterCount(round(traced.standing["trainable"]), round(traced.standing["total"]))
     return MemoryBudget(moments_of(config, traced, looked), count, traced.work)

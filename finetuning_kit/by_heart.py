@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 # %% auto #0
 __all__ = ['VERDICTS', 'LEAST_CHANGE', 'SMALLER', 'BY_HEART', 'RehearsalLine', 'Stage', 'short_config', 'Trial', 'broken',
-           'attempt', 'answer_stretches', 'records_of', 'prompt_problem', 'mask_problem', 'whole_rows', 'unended',
+           'try_by_heart', 'answer_stretches', 'records_of', 'prompt_problem', 'mask_problem', 'whole_rows', 'unended',
            'mask_is_right', 'needed_fall', 'judge_losses', 'asked_rows', 'end_loss', 'answer_batch', 'loss_falls',
            'stop_is_learned', 'answers_change', 'open_stage']
 
@@ -125,7 +125,7 @@ def broken(
     return ("red", text, "") if isinstance(error, FinetuningError) else ("red", f"{type(error).__name__}: {text}", fix)
 
 # %% ../nbs/68_by_heart.ipynb #0b9c5073
-def attempt(
+def try_by_heart(
     check: Trial,  # what to try
     stage: Stage,  # what it is tried on
 ) -> RehearsalLine:  # red where the check itself breaks

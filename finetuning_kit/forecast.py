@@ -117,7 +117,7 @@ class DevicePace:
         starting = work["n_ops"] * self.per_op
         return max(computing, starting) if self.overlaps else computing + starting
 
-
+# %% ../nbs/55_forecast.ipynb #69262322
 def quickest(
     task,  # a function without arguments
     times: int = 20,  # how often it is tried; short tasks fit between the turns of others
@@ -262,7 +262,18 @@ class Fit:
         took = self.time.words(SECONDS) if self.time else f"{self.step.words(SECONDS)} a step"
         return self.name, self.verdict, gib(self.usable), self.memory.words(BYTES), took, "; ".join(self.notes)
 
+    def line(self) -> str:
+        "A line for a terminal."
+        took = self.time.words(SECONDS) if self.time else f"{self.step.words(SECONDS)}/step"
+        return f"{self.name:9} {self.verdict:8} {self.usable / GIB:5.1f}  {self.memory.words(BYTES):20} {took}"
 
+    def to_dict(self) -> dict:
+        "The answer as plain data, bytes and seconds."
+        return {"device": self.name, "fits": self.verdict, "usable_bytes": self.usable,
+                "memory_bytes": vars(self.memory), "step_seconds": vars(self.step), "n_steps": self.n_steps,
+                "notes": list(self.notes), "moments": self.budget.moments, "fullest": self.budget.fullest}
+
+# %% ../nbs/55_forecast.ipynb #a47bee9d
 @dataclass
 class Forecast:
     "Memory, time and the GPUs that a run fits, told beforehand"
@@ -295,10 +306,7 @@ class Forecast:
         parts = [f"{unit:11}" + "".join(f"{moment:>11}" for moment in moments)]
         parts += [f"{part:11}" + "".join(f"{sizes[part] / size:11.2f}" for sizes in moments.values()) for part in PARTS]
         devices = [f"{'':9} {'fits':8} {'GiB':>5}  {'memory':20} time"]
-        for each in [fit, *(gpu for gpu in self.gpus if gpu.name != fit.name)]:
-            took = each.time.words(SECONDS) if each.time else f"{each.step.words(SECONDS)}/step"
-            devices.append(f"{each.name:9} {each.verdict:8} {each.usable / GIB:5.1f}  "
-                           f"{each.memory.words(BYTES):20} {took}")
+        devices += [each.line() for each in [fit, *(gpu for gpu in self.gpus if gpu.name != fit.name)]]
         told = dict.fromkeys(f"{each.name}: {note}" for each in [fit, *self.gpus] for note in each.notes)
         steps = f"{fit.n_steps:,} optimizer steps" if fit.n_steps else "name --rows for the time of the whole run"
         end = (f"{fit.name}: fits {fit.verdict}; {steps}; brackets hold 95 %; loading, evaluation and saving come on "
@@ -308,13 +316,8 @@ class Forecast:
 
     def to_dict(self) -> dict:
         "Everything as plain data, bytes and seconds."
-        def plain(fit):
-            return {"device": fit.name, "fits": fit.verdict, "usable_bytes": fit.usable,
-                    "memory_bytes": vars(fit.memory), "step_seconds": vars(fit.step), "n_steps": fit.n_steps,
-                    "notes": list(fit.notes),
-                    "moments": fit.budget.moments, "fullest": fit.budget.fullest}
-        return {"n_rows": self.n_rows, "parameters": vars(self.here.budget.count), "here": plain(self.here),
-                "gpus": [plain(fit) for fit in self.gpus]}
+        return {"n_rows": self.n_rows, "parameters": vars(self.here.budget.count), "here": self.here.to_dict(),
+                "gpus": [fit.to_dict() for fit in self.gpus]}
 
 # %% ../nbs/55_forecast.ipynb #cef12b53
 def fit_on(

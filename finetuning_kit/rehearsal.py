@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['REPLAYED', 'ROUNDING', 'TRIALS', 'RehearsalLines', 'Rehearsal', 'open_trainer', 'longest_rows', 'evaluation_fits',
-           'longest_fits', 'checkpoint_resumes', 'merge_is_exact', 'missing_files', 'export_faults', 'read_back',
-           'export_works', 'size_of', 'bytes_written', 'room_suffices', 'untouched_chance', 'beside', 'rehearse']
+__all__ = ['REPLAYED', 'MERGE_ROUNDING', 'TRIALS', 'RehearsalLines', 'Rehearsal', 'open_trainer', 'longest_rows',
+           'evaluation_fits', 'longest_fits', 'checkpoint_resumes', 'merge_is_exact', 'missing_files', 'export_faults',
+           'read_back', 'export_works', 'size_of', 'bytes_written', 'room_suffices', 'untouched_chance', 'beside',
+           'rehearse']
 
 # %% ../nbs/69_rehearsal.ipynb #e4f70494
 from .by_heart import BY_HEART, SMALLER, VERDICTS, Trial, RehearsalLine, Stage
-from .by_heart import attempt, open_stage, short_config
+from .by_heart import open_stage, short_config, try_by_heart
 from .checkpoints import saved_checkpoints
 from .config import FineTuningConfig
 from .encoding import EncodedRow
@@ -190,7 +191,7 @@ def checkpoint_resumes(
     return ("green", told, "") if len(again) == REPLAYED and apart <= allowed else ("red", told, fix)
 
 # %% ../nbs/69_rehearsal.ipynb #9b8d4540
-ROUNDING = 1e-4  # of a logit: a slow method has had little effect yet, and fp32's rounding is a larger share of it
+MERGE_ROUNDING = 1e-4  # of a logit: of a slow method's small effect, fp32's rounding is a larger share
 
 
 def merge_is_exact(
@@ -201,9 +202,10 @@ def merge_is_exact(
         why = "changes no weight" if stage.config.trains_adapter else "trains the model itself"
         return "does not apply", f"`method` {stage.config.method} {why}, so there is nothing to merge", ""
     check = merge_and_verify(stage.run, stage.config, stage.data, n_prompts=16)
-    told = (f"{check.n_same_answers} of {check.n_prompts} answers equal, logits within "
-            f"{check.max_logit_difference:.0e}, {check.relative_difference:.1e} of the adapter's effect ({check.limit:g} allowed)")
-    rounding = check.n_same_answers == check.n_prompts and check.max_logit_difference <= ROUNDING
+    told = (f"{check.n_same_answers} of {check.n_prompts} answers equal, "
+            f"logits within {check.max_logit_difference:.0e}, "
+            f"{check.relative_difference:.1e} of the adapter's effect ({check.limit:g} allowed)")
+    rounding = check.n_same_answers == check.n_prompts and check.max_logit_difference <= MERGE_ROUNDING
     fix = "use the `adapter` with its base; half precision and 4 bits round when merged, fp32 does not"
     return ("green", told, "") if check.passed or rounding else ("red", told, fix)
 
@@ -369,7 +371,7 @@ def rehearse(
     with untouched_chance(), beside(config.output_dir) as place:
         stage, notes = open_stage(config, place, dataset, eval_dataset, n_steps)
         for check in TRIALS:
-            lines.append(attempt(check, stage))
+            lines.append(try_by_heart(check, stage))
             if on_line is not None:
                 on_line(lines[-1])
     return Rehearsal(lines, notes)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 __all__ = ['FULL_WORDS_OF_MEMORY', 'is_memory_full', 'free_memory', 'Attempt', 'Way', 'next_portion', 'fewer_rows',
            'smaller_moments', 'less_in_a_pass', 'ReliefPlan', 'relief_plan', 'MemoryFull', 'memory_guard',
            'rows_in_pack', 'cut_batch', 'StepStart', 'NotingTrainer', 'batch_in_use', 'smaller_portion',
-           'portion_words', 'RelievedTrainer', 'relief_notes']
+           'portion_words', 'HalvingTrainer', 'relief_notes', 'RelievedTrainer']
 
 # %% ../nbs/59_relief.ipynb #d1ee1a9f
 from .config import FineTuningConfig, TrainingConfig, problem_of
@@ -274,7 +274,7 @@ class StepStart:
         for name, values in trainer._metrics["train"].items():
             del values[self.counts.get(name, 0):]
 
-
+# %% ../nbs/59_relief.ipynb #fd45d394
 class NotingTrainer(KitTrainer):
     "The kit's trainer, and it knows what it is doing"
 
@@ -339,11 +339,52 @@ def portion_words(
     if kind.endswith("tokens"):
         return f"packs of up to {most} tokens" + ", the same rows a step" * (kind == "train_tokens")
     rows = f"{most} row{'s' * (most > 1)} at once"
-    passes = training.effective_batch_size // most
-    return rows if kind == "eval_rows" else f"{rows} in {passes} passes, {training.effective_batch_size} a step as before"
+    whole = training.effective_batch_size
+    return rows if kind == "eval_rows" else f"{rows} in {whole // most} passes, {whole} a step as before"
+
+# %% ../nbs/59_relief.ipynb #42b8b154
+class HalvingTrainer(NotingTrainer):
+    "The same, and after a full memory it lets go, and says what may go through at once from now on"
+
+    def gives_way(
+        self,
+        error: Exception,  # what a pass raised
+    ) -> bool:  # False: it is no full memory, nobody asked, or a single row is too much
+        "Let go of a failed pass, and halve what goes through the model at once"
+        if not is_memory_full(error):
+            return False
+        free_memory(error)
+        self.find_rows()
+        training, progress = self.progress.settings, self.progress
+        smaller = smaller_portion(training, progress.attempt) if training.auto_batch and n_processes() == 1 else {}
+        if smaller:
+            progress.portions |= smaller
+            attempt, now = progress.attempt, portion_words(training, smaller)
+            progress.warn("memory", attempt.step, f"the memory was full in the {attempt.phase} ({attempt.load}; "
+                          f"peak {peak_memory():.1f} GiB); it was done again, and the run goes on, with {now} "
+                          "(`auto_batch`)")
+            progress.folder.update_json("run.json", batch=batch_in_use(training, progress.portions))
+        return bool(smaller)
+
+    def find_rows(self) -> None:
+        "Look up the rows of the pass that failed: how many, and where the longest stands"
+        inputs, attempt = self.pass_inputs, self.progress.attempt
+        n_rows = int((inputs["position_ids"] == 0).sum()) if attempt.packed else attempt.rows
+        longest = max(rows_of([inputs], self.rows), key=lambda row: row.n_tokens, default=None)
+        self.progress.attempt = attempt._replace(rows=n_rows, place=longest.place or "" if longest else "")
+
+# %% ../nbs/59_relief.ipynb #c9f0374e
+def relief_notes(
+    config: FineTuningConfig,  # resolved settings
+) -> list[str]:  # a sentence where `auto_batch` cannot be kept
+    "Say where a run cannot go around a full memory by itself"
+    if not config.training.auto_batch or n_processes() == 1:
+        return []
+    return [f"`auto_batch`: off, for {n_processes()} processes train together, and one that did a step again would "
+            "leave the others waiting; where the memory is full the run ends with a plan"]
 
 # %% ../nbs/59_relief.ipynb #1d3a1eea
-class RelievedTrainer(NotingTrainer):
+class RelievedTrainer(HalvingTrainer):
     "The same, and where the settings allow it, it goes around a full memory"
 
     def in_portions(self, model, inputs, num_items_in_batch):
@@ -375,9 +416,9 @@ class RelievedTrainer(NotingTrainer):
         n_measured, figures = len(self.measured), self._metrics["eval"]
         counts = {name: len(values) for name, values in figures.items()}
         while True:
-            found = self.progress.portions
+            most = [self.progress.portions.get(name) for name in ("eval_rows", "eval_tokens")]
             try:
-                for part in cut_batch(inputs, self.data_collator.collate, found.get("eval_rows"), found.get("eval_tokens")):
+                for part in cut_batch(inputs, self.data_collator.collate, *most):
                     output = super().prediction_step(model, part, *args, **kwargs)
                 return output
             except Exception as error:
@@ -386,39 +427,3 @@ class RelievedTrainer(NotingTrainer):
             del self.measured[n_measured:]
             for name, values in figures.items():
                 del values[counts.get(name, 0):]
-
-    def gives_way(
-        self,
-        error: Exception,  # what a pass raised
-    ) -> bool:  # False: it is no full memory, nobody asked, or a single row is too much
-        "Let go of a failed pass, and halve what goes through the model at once"
-        if not is_memory_full(error):
-            return False
-        free_memory(error)
-        self.find_rows()
-        training, progress = self.progress.settings, self.progress
-        smaller = smaller_portion(training, progress.attempt) if training.auto_batch and n_processes() == 1 else {}
-        if smaller:
-            progress.portions |= smaller
-            attempt, now = progress.attempt, portion_words(training, smaller)
-            progress.warn("memory", attempt.step, f"the memory was full in the {attempt.phase} ({attempt.load}; peak "
-                          f"{peak_memory():.1f} GiB); it was done again, and the run goes on, with {now} (`auto_batch`)")
-            progress.folder.update_json("run.json", batch=batch_in_use(training, progress.portions))
-        return bool(smaller)
-
-    def find_rows(self) -> None:
-        "Look up the rows of the pass that failed: how many, and where the longest stands"
-        inputs, attempt = self.pass_inputs, self.progress.attempt
-        n_rows = int((inputs["position_ids"] == 0).sum()) if attempt.packed else attempt.rows
-        longest = max(rows_of([inputs], self.rows), key=lambda row: row.n_tokens, default=None)
-        self.progress.attempt = attempt._replace(rows=n_rows, place=longest.place or "" if longest else "")
-
-
-def relief_notes(
-    config: FineTuningConfig,  # resolved settings
-) -> list[str]:  # a sentence where `auto_batch` cannot be kept
-    "Say where a run cannot go around a full memory by itself"
-    if not config.training.auto_batch or n_processes() == 1:
-        return []
-    return [f"`auto_batch`: off, for {n_processes()} processes train together, and one that did a step again would leave "
-            "the others waiting; where the memory is full the run ends with a plan"]

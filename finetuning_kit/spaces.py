@@ -74,9 +74,11 @@ def range_of(
     try:
         low, high = (float(text) for text in found.group(1, 2))
     except ValueError:
-        raise FinetuningError(f"`space`: {name}: {found[0]!r} has no two numbers; write low..high, as in 1e-5..1e-2") from None
+        advice = "write low..high, as in 1e-5..1e-2"
+        raise FinetuningError(f"`space`: {name}: {found[0]!r} has no two numbers; {advice}") from None
     if kind not in ("number", "integer"):
-        raise FinetuningError(f"`space`: {name} is no number, so a range cannot be; write a list, as in [linear, cosine]")
+        raise FinetuningError(f"`space`: {name} is no number, so a range cannot be; write a list, as in "
+                              "[linear, cosine]")
     if kind == "integer" and (low % 1 or high % 1):
         raise FinetuningError(f"`space`: {name} is a whole number; got {found[0]!r}")
     if not low < high or (found[3] and low <= 0):
@@ -84,7 +86,7 @@ def range_of(
     kind_of = int if kind == "integer" else float
     return Dimension(name, kind_of(low), kind_of(high), bool(found[3]), kind == "integer")
 
-
+# %% ../nbs/70_spaces.ipynb #3791efe3
 def read_dimension(
     word: str,  # a setting, by any of its names
     value,  # "low..high", "low..high log", "a, b, c" or a list
@@ -103,8 +105,8 @@ def read_dimension(
     if isinstance(value, str) and "," in value:
         value = parse_yaml(f"choices: [{value.strip('[] ')}]", f"`space`: {word}")[0]["choices"]
     if not isinstance(value, (list, tuple)) or len(value) < 2:
-        raise FinetuningError(f"`space`: {name} is {value!r}, which is no choice; write a range such as 1e-5..1e-2 log, or "
-                              "two values or more, as in 4, 8, 16")
+        raise FinetuningError(f"`space`: {name} is {value!r}, which is no choice; write a range such as 1e-5..1e-2 "
+                              "log, or two values or more, as in 4, 8, 16")
     return Dimension(name, choices=tuple(value))
 
 # %% ../nbs/70_spaces.ipynb #e54d16ec
@@ -113,8 +115,8 @@ def space_lines(
 ) -> list[tuple]:  # a setting as written, what it may be
     "Take a search space apart, in whichever form it is written"
     if isinstance(space, dict):
-        inner = [[(f"{key}.{name}", each) for name, each in value.items()] if isinstance(value, dict) else [(key, value)]
-                 for key, value in space.items()]
+        inner = [[(f"{key}.{name}", each) for name, each in value.items()] if isinstance(value, dict) else
+                 [(key, value)] for key, value in space.items()]
         return sum(inner, [])
     if isinstance(space, (list, tuple)):
         return sum((space_lines(line) for line in space), [])
@@ -123,7 +125,7 @@ def space_lines(
         return [(word.strip().replace("-", "_"), value.strip())]
     return space_lines(parse_yaml(read_settings_text(space), str(space))[0])
 
-
+# %% ../nbs/70_spaces.ipynb #6ca2d9d4
 def read_space(
     space: dict | str | Path | list[str],  # setting -> what it may be; a YAML file; lines such as "lr: 1e-5..1e-2 log"
     config: FineTuningConfig,  # what the rest of every trial is
@@ -139,5 +141,6 @@ def read_space(
             if problem:
                 raise FinetuningError(f"`space`: {dimension}: {problem}")
     if not dimensions:
-        raise FinetuningError("`space` is empty; name a setting and what it may be, as in `learning_rate: 1e-5..1e-2 log`")
+        raise FinetuningError("`space` is empty; name a setting and what it may be, as in "
+                              "`learning_rate: 1e-5..1e-2 log`")
     return dimensions

@@ -15,9 +15,9 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['AGAIN', 'import_optuna', 'distribution_of', 'done_trials', 'next_trial', 'give_up', 'TrialRecord', 'LastLook',
-           'trial_config', 'drop_weights', 'TrialWatch', 'run_trial', 'Sweep', 'open_study', 'sweep_folder',
-           'record_of', 'write_down', 'keep_best', 'plan_sweep', 'sweep_settings', 'draw_history', 'draw_slice',
-           'plot_sweep']
+           'config_of_trial', 'drop_weights', 'TrialWatch', 'run_trial', 'Sweep', 'open_study', 'sweep_folder',
+           'record_of', 'write_down', 'plan_sweep', 'draw_history', 'draw_slice', 'plot_sweep', 'keep_best',
+           'sweep_settings']
 
 # %% ../nbs/71_sweeps.ipynb #261a7078
 from .checkpoints import drift_of, drift_words, run_fingerprint, score_of
@@ -33,10 +33,7 @@ from .training import train
 # %% ../nbs/71_sweeps.ipynb #342d074d
 from transformers import TrainerCallback
 
-# %% ../nbs/71_sweeps.ipynb #6b3b2d54
-AGAIN = "to be done again"  # a mark on a trial that was broken off
-
-
+# %% ../nbs/71_sweeps.ipynb #4b2e350e
 def import_optuna():  # the module
     "Import Optuna quietly, or say which extra brings it"
     try:
@@ -56,6 +53,9 @@ def distribution_of(
         return kinds.CategoricalDistribution(dimension.choices)
     kind = kinds.IntDistribution if dimension.whole else kinds.FloatDistribution
     return kind(dimension.low, dimension.high, log=dimension.log)
+
+# %% ../nbs/71_sweeps.ipynb #6b3b2d54
+AGAIN = "to be done again"  # a mark on a trial that was broken off
 
 
 def done_trials(
@@ -101,9 +101,10 @@ class TrialRecord:
     def __str__(self):
         words = ", ".join(f"{name.rpartition('.')[2]} {value_text(value)}" for name, value in self.settings.items())
         figure = "" if self.value is None else f" {self.value:.4f}"
-        return f"{self.number}: {words}: {self.state}{figure} after {self.n_steps} steps" + f": {self.reason}" * bool(self.reason)
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.number}: {words}: {self.state}{figure} after {self.n_steps} steps{why}"
 
-
+# %% ../nbs/71_sweeps.ipynb #282a63d6
 class LastLook(TrainerCallback):
     "Has the last step measured, whatever the settings say"
 
@@ -112,7 +113,7 @@ class LastLook(TrainerCallback):
         control.should_evaluate |= state.global_step >= state.max_steps
 
 
-def trial_config(
+def config_of_trial(
     config: FineTuningConfig,  # what every trial is
     settings: dict,  # what this one is
     n_rows: int,  # training rows
@@ -120,8 +121,8 @@ def trial_config(
     "Make a trial's settings: four looks or more, for pruning needs them, and no checkpoints"
     changed = config.replace(**settings)
     looks = max(1, min(config.training.eval_steps, changed.training.total_steps(n_rows) // 4))
-    plain = {"eval_strategy": "steps", "eval_steps": looks, "save_strategy": "steps", "save_steps": 10**9, "save_best": 0,
-             "report_to": []}
+    plain = {"eval_strategy": "steps", "eval_steps": looks, "save_strategy": "steps", "save_steps": 10**9,
+             "save_best": 0, "report_to": []}
     return changed.replace(**{f"training.{name}": value for name, value in plain.items()})
 
 
@@ -162,7 +163,7 @@ class TrialWatch:
         if self.on_event is not None:
             self.on_event({**event, "trial": self.number})
 
-
+# %% ../nbs/71_sweeps.ipynb #56cc4634
 def run_trial(
     config: FineTuningConfig,  # what every trial is
     rows: tuple,  # rows to learn from, to measure on
@@ -174,7 +175,7 @@ def run_trial(
     settings, began = dict(watch.trial.params), time.monotonic()
     state, reason = "failed", ""
     try:
-        changed = trial_config(config, settings, len(rows[0]))
+        changed = config_of_trial(config, settings, len(rows[0]))
         run = train(changed, *rows, tokenizer=tokenizer, folder=folder, on_event=watch,
                     should_stop=lambda: watch.pruned, callbacks=(LastLook(),))
         known = watch.value is not None
@@ -212,12 +213,13 @@ class Sweep:
     def best_config(self) -> FineTuningConfig:
         "Make the settings of the best trial; they lie in `best.yaml` as well"
         if self.best is None:
-            raise FinetuningError(f"no trial of the sweep has finished yet, of {len(self.trials)}; go on with more `n_trials`")
+            raise FinetuningError(f"no trial of the sweep has finished yet, of {len(self.trials)}; "
+                                  "go on with more `n_trials`")
         return self.config.replace(**self.best.settings)
 
     def __repr__(self):
-        counts = {state: sum(trial.state == state for trial in self.trials) for state in ("finished", "pruned", "failed")}
-        told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+        ends = [trial.state for trial in self.trials]
+        told = ", ".join(f"{ends.count(end)} {end}" for end in ("finished", "pruned", "failed") if end in ends)
         return f"{len(self.trials)} trials ({told}); best {self.best}"
 
     def _repr_markdown_(self):
@@ -228,7 +230,7 @@ class Sweep:
                 for trial in [*self.ranking, *others]]
         return markdown_table(["trial", *names, self.metric, "state", "steps", "why"], rows)
 
-
+# %% ../nbs/71_sweeps.ipynb #15dbb686
 def open_study(
     storage: str,  # where Optuna keeps it, such as "sqlite:///runs/sweep.db"
     name: str,  # of the study
@@ -248,7 +250,8 @@ def open_study(
             study.enqueue_trial(first)
     elif drift_of(known, asked):
         raise FinetuningError(f"the sweep in `{storage}` was made with other settings: "
-                              f"{'; '.join(drift_words(drift_of(known, asked)))}; take them back, or choose another `output_dir`")
+                              f"{'; '.join(drift_words(drift_of(known, asked)))}; take them back, or choose another "
+                              "`output_dir`")
     for trial in study.trials:
         if trial.state == states.RUNNING:
             give_up(study, trial)
@@ -283,18 +286,7 @@ def write_down(
     else:
         study.tell(trial, state=states.PRUNED if record.state == "pruned" else states.FAIL)
 
-
-def keep_best(
-    found: Sweep,  # with its newest trial
-) -> None:  # best.yaml, sweep.png; weights of the best alone
-    "Keep the weights of the best trial, and write down what has been found"
-    for trial in found.trials:
-        drop_weights(RunFolder(found.folder / "trials" / str(trial.number)), trial is found.best)
-    if found.best:
-        save_config(found.best_config, found.folder / "best.yaml")
-    plot_sweep(found).savefig(found.folder / "sweep.png", dpi=110)
-
-
+# %% ../nbs/71_sweeps.ipynb #b8b90fee
 def plan_sweep(
     config: FineTuningConfig,  # what every trial is
     space,  # as `read_space` takes it
@@ -304,54 +296,16 @@ def plan_sweep(
     "Decide everything that is decided before the first trial"
     dimensions, values = read_space(space, config), config_values(config)
     if not rows[1]:
-        raise FinetuningError("a sweep needs held-out rows, for trials are judged by them; name an `eval_dataset`, or set "
-                              "`split_ratio` to 0.1")
+        raise FinetuningError("a sweep needs held-out rows, for trials are judged by them; name an `eval_dataset`, or "
+                              "set `split_ratio` to 0.1")
     if n_processes() > 1:
         raise FinetuningError("a sweep runs in one process; start it without a launcher, on one GPU")
-    asked = {**run_fingerprint(config, *rows), "metric": config.training.metric_for_best_model, "seed of the sweep": seed,
-             "space": [str(dimension) for dimension in dimensions]}
+    asked = {**run_fingerprint(config, *rows), "metric": config.training.metric_for_best_model,
+             "seed of the sweep": seed, "space": [str(dimension) for dimension in dimensions]}
     own = {dimension.name: values.get(dimension.name) for dimension in dimensions}
     return dimensions, asked, own if all(each.holds(own[each.name]) for each in dimensions) else {}
 
-# %% ../nbs/71_sweeps.ipynb #29bf3326
-def sweep_settings(
-    config: FineTuningConfig,  # what every trial is, but for what is searched
-    space: dict | str | Path | list[str],  # setting -> what it may be, as in `read_space`
-    train_rows: list[EncodedRow],  # what is learned from
-    eval_rows: list[EncodedRow],  # what trials are judged by
-    *,
-    n_trials: int = 20,  # trials in all, those of earlier sessions included
-    minutes: float | None = None,  # after which no trial begins; None: any time
-    seed: int = 0,  # the same seed tries the same settings
-    storage: str | None = None,  # a database of Optuna's, such as "sqlite:///sweep.db"; None: in the folder
-    folder: RunFolder | None = None,  # None: `<output_dir>/sweep_<task>_<dataset>`
-    tokenizer=None,  # None: load the model's
-    on_event: Callable | None = None,  # hears every trial's end, and everything of a run with its number as `trial`
-) -> Sweep:  # trials, the best one, its settings
-    "Search for the best settings with Optuna; called again, it goes on where it was"
-    rows, folder, began = (list(train_rows), list(eval_rows)), folder or sweep_folder(config), time.monotonic()
-    dimensions, asked, first = plan_sweep(config, space, rows, seed)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    study = open_study(storage or f"sqlite:///{folder / 'sweep.db'}", folder.path.name, asked, first)
-    found = Sweep(config, dimensions, folder, asked["metric"], [record_of(trial) for trial in done_trials(study)])
-    while len(found.trials) < n_trials and (minutes is None or time.monotonic() - began < 60 * minutes):
-        trial, place = next_trial(study, dimensions, seed), RunFolder(folder / "trials" / str(len(found.trials)))
-        shutil.rmtree(place, ignore_errors=True)
-        record = run_trial(config, rows, place, TrialWatch(trial, found.metric, len(found.trials), on_event), tokenizer)
-        if record.state == "interrupted":
-            give_up(study, trial)
-            found.interrupted = True
-            break
-        write_down(study, trial, record)
-        found.trials.append(record)
-        keep_best(found)
-        if on_event is not None:
-            on_event({"type": "trial", "record": record, "best": found.best is record})
-        if len(found.trials) == 3 and all(trial.state == "failed" for trial in found.trials):
-            raise FinetuningError(f"the first three trials failed, so the sweep ends here: {record.reason}")
-    return found
-
-# %% ../nbs/71_sweeps.ipynb #50cbd290
+# %% ../nbs/71_sweeps.ipynb #114782c4
 def draw_history(
     axes,  # of matplotlib
     found: Sweep,  # with at least one trial
@@ -391,7 +345,7 @@ def draw_slice(
         axes.set_xscale("log")
     axes.set_xlabel(dimension.name.rpartition(".")[2], fontsize=8)
 
-
+# %% ../nbs/71_sweeps.ipynb #8775cb39
 def plot_sweep(
     found: Sweep,  # with at least one trial
     width: float = 8.8,  # inches
@@ -418,3 +372,52 @@ def plot_sweep(
     for axes in (panels[0], panels[1]):
         axes.set_ylabel(found.metric, fontsize=8)
     return figure
+
+# %% ../nbs/71_sweeps.ipynb #3f517ae4
+def keep_best(
+    found: Sweep,  # with its newest trial
+) -> None:  # best.yaml, sweep.png; weights of the best alone
+    "Keep the weights of the best trial, and write down what has been found"
+    for trial in found.trials:
+        drop_weights(RunFolder(found.folder / "trials" / str(trial.number)), trial is found.best)
+    if found.best:
+        save_config(found.best_config, found.folder / "best.yaml")
+    plot_sweep(found).savefig(found.folder / "sweep.png", dpi=110)
+
+# %% ../nbs/71_sweeps.ipynb #29bf3326
+def sweep_settings(
+    config: FineTuningConfig,  # what every trial is, but for what is searched
+    space: dict | str | Path | list[str],  # setting -> what it may be, as in `read_space`
+    train_rows: list[EncodedRow],  # what is learned from
+    eval_rows: list[EncodedRow],  # what trials are judged by
+    *,
+    n_trials: int = 20,  # trials in all, those of earlier sessions included
+    minutes: float | None = None,  # after which no trial begins; None: any time
+    seed: int = 0,  # the same seed tries the same settings
+    storage: str | None = None,  # a database of Optuna's, such as "sqlite:///sweep.db"; None: in the folder
+    folder: RunFolder | None = None,  # None: `<output_dir>/sweep_<task>_<dataset>`
+    tokenizer=None,  # None: load the model's
+    on_event: Callable | None = None,  # hears every trial's end, and everything of a run with its number as `trial`
+) -> Sweep:  # trials, the best one, its settings
+    "Search for the best settings with Optuna; called again, it goes on where it was"
+    rows, folder, began = (list(train_rows), list(eval_rows)), folder or sweep_folder(config), time.monotonic()
+    dimensions, asked, first = plan_sweep(config, space, rows, seed)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    study = open_study(storage or f"sqlite:///{folder / 'sweep.db'}", folder.path.name, asked, first)
+    found = Sweep(config, dimensions, folder, asked["metric"], [record_of(trial) for trial in done_trials(study)])
+    while len(found.trials) < n_trials and (minutes is None or time.monotonic() - began < 60 * minutes):
+        trial, place = next_trial(study, dimensions, seed), RunFolder(folder / "trials" / str(len(found.trials)))
+        shutil.rmtree(place, ignore_errors=True)
+        record = run_trial(config, rows, place, TrialWatch(trial, found.metric, len(found.trials), on_event), tokenizer)
+        if record.state == "interrupted":
+            give_up(study, trial)
+            found.interrupted = True
+            break
+        write_down(study, trial, record)
+        found.trials.append(record)
+        keep_best(found)
+        if on_event is not None:
+            on_event({"type": "trial", "record": record, "best": found.best is record})
+        if len(found.trials) == 3 and all(trial.state == "failed" for trial in found.trials):
+            raise FinetuningError(f"the first three trials failed, so the sweep ends here: {record.reason}")
+    return found

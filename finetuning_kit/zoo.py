@@ -202,19 +202,19 @@ def answer_riddle(
 
 # %% ../nbs/75_zoo.ipynb #d63f3dc4
 COMPLAINTS = {
-    1: ("the tuned model never stops", "36_encoding"), 2: ("the template has no marks", "35_answers"),
-    3: ("all labels are -100", "54_trainer"), 4: ("served with another template", "62_workflow"),
-    5: ("rows are cut in silence", "39_lengths"), 6: ("argument names have changed", "03_renamed"),
-    7: ("merged is worse than the adapter", "61_merging"), 8: ("GGUF files without an end", "a later one: export"),
-    9: ("the end of a run fails", "52_proof"), 10: ("out of memory", "51_progress"),
-    11: ("out of memory at the first evaluation", "54_trainer"), 12: ("two start tokens", "40_tokens"),
-    13: ("human and gpt, turns that do not alternate", "44_validation"), 14: ("passes change the loss", "54_trainer"),
-    15: ("resuming starts over", "50_checkpoints"), 16: ("the last instead of the best", "51_progress"),
-    17: ("answers just like the base", "52_proof"), 18: ("two GPUs", "29_machine"),
-    19: ("bf16 that is not there, and NaN", "54_trainer"), 20: ("packed rows see each other", "41_packing"),
-    21: ("preference training degenerates", "a later one: preferences"), 22: ("new tokens", "31_targets"),
-    23: ("a tracker blocks the cell", "55_watching"), 24: ("a notebook shows nothing", "58_cockpit"),
-    25: ("a stale cache", "40_tokens")}
+    1: ("the tuned model never stops", "encoding"), 2: ("the template has no marks", "answers"),
+    3: ("all labels are -100", "trainer"), 4: ("served with another template", "workflow"),
+    5: ("rows are cut in silence", "lengths"), 6: ("argument names have changed", "renamed"),
+    7: ("merged is worse than the adapter", "merging"), 8: ("GGUF files without an end", "a later one: export"),
+    9: ("the end of a run fails", "rehearsal"), 10: ("out of memory", "relief"),
+    11: ("out of memory at the first evaluation", "relief"), 12: ("two start tokens", "tokens"),
+    13: ("human and gpt, turns that do not alternate", "validation"), 14: ("passes change the loss", "launch"),
+    15: ("resuming starts over", "checkpoints"), 16: ("the last instead of the best", "progress"),
+    17: ("answers just like the base", "proof"), 18: ("two GPUs", "machine"),
+    19: ("bf16 that is not there, and NaN", "trainer"), 20: ("packed rows see each other", "packing"),
+    21: ("preference training degenerates", "a later one: preferences"), 22: ("new tokens", "targets"),
+    23: ("a tracker blocks the cell", "watching"), 24: ("a notebook shows nothing", "cockpit"),
+    25: ("a stale cache", "tokens")}
 
 
 def complaint_table(

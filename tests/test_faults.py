@@ -10,7 +10,8 @@ from finetuning_kit.zoo import CLEAN, COMPLAINTS, PLANTED, caught_share, judge_c
 MISSED = {"answers moved seven rows down", "questions and answers changed places"}  # nothing but reading finds them
 QUICK = [fault for fault in PLANTED if fault.act is look]
 SOME = ["a new token has no place in the model", "the tokenizer belongs to another model",
-        "a weight of the base is no number", "no gradient reaches the adapter", "the memory is full at a step", "one bit of the optimizer's file changed",
+        "a weight of the base is no number", "no gradient reaches the adapter", "the memory is full at a step",
+        "one bit of the optimizer's file changed",
         "the rate changed between two halves", "the rows changed between two halves", "another base of the same shape",
         "half of the adapter is missing", "an earlier adapter is merged", "the adapter is added twice"]
 

@@ -1,18 +1,21 @@
 """The forecast: every method, the command, and what it says of settings and models that make no sense."""
 import json
+import tempfile
 
 import pytest
 from transformers import LlamaConfig
 
-from finetuning_kit.budget import base_shape, memory_budget, planned_model
+from finetuning_kit.budget import Tally, base_shape, memory_budget, planned_model
 from finetuning_kit.cli import main
 from finetuning_kit.config import USUAL_RATE, VARIANTS
+from finetuning_kit.encoding import EncodedRow
 from finetuning_kit.forecast import GPUS, estimate
 from finetuning_kit.machine import has_bitsandbytes
 from finetuning_kit.methods import prepare_method
 from finetuning_kit.models import count_parameters, load_model, quiet_libraries
 from finetuning_kit.profiles import demo_config
 from finetuning_kit.settings import FinetuningError
+from finetuning_kit.training import train
 
 DEEP = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
                    num_key_value_heads=2)
@@ -84,3 +87,17 @@ def test_four_bits_are_counted_as_they_lie():
     whole = sum(p.numel() for p in real.parameters() if p.dtype.itemsize > 1)
     told = memory_budget(config, base_shape("pocket"), 1, 16).parts["weights"]
     assert abs(told - (lying * 1.0317 + 4 * whole)) < 0.02 * told
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"bf16": True}, {"method": "full", "gradient_checkpointing": True}, {"method": "ia3"}], ids=str)
+def test_the_budget_is_what_training_holds(changes):
+    "A tally of every tensor around `train`, loading included, agrees with the budget."
+    config = demo_config(output_dir=tempfile.mkdtemp(), max_steps=2, packing=False, per_device_train_batch_size=8,
+                         gradient_accumulation_steps=2, max_seq_length=256, eval_strategy="no", logging_steps=100,
+                         **changes)
+    ids = [[(7 * row + at) % 2000 + 8 for at in range(256)] for row in range(32)]
+    with Tally() as real:
+        train(config, [EncodedRow(row, row) for row in ids])
+    held = max(sum(accounts.values()) for accounts in real.peaks.values())
+    assert 0.95 < memory_budget(config, base_shape("pocket"), on_gpu=False).peak / held < 1.05

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetuning_kit import rehearsal
-from finetuning_kit.by_heart import BY_HEART, attempt, mask_is_right, open_stage
+from finetuning_kit.by_heart import BY_HEART, mask_is_right, open_stage, try_by_heart
 from finetuning_kit.merging import fold_adapter
 from finetuning_kit.models import pocket_model_path
 from finetuning_kit.profiles import demo_config
@@ -28,7 +28,7 @@ def verdicts(lines):
 
 def tried(stage, *names):
     "The lines of some checks."
-    return [attempt(TRIAL[name], stage) for name in names]
+    return [try_by_heart(TRIAL[name], stage) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def learned(tmp_path_factory):
     "A stage whose batch has been learned by heart."
     place = tmp_path_factory.mktemp("learned")
     stage, _ = open_stage(demo_config(output_dir=str(place / "runs")), place, n_steps=16)
-    assert set(verdicts(attempt(check, stage) for check in BY_HEART).values()) == {"green"}
+    assert set(verdicts(try_by_heart(check, stage) for check in BY_HEART).values()) == {"green"}
     return stage
 
 
@@ -93,7 +93,8 @@ def test_an_end_that_is_masked_with_the_padding(stage):
     end = stage.tokenizer.convert_tokens_to_ids("<|im_end|>")
     spoilt = masked(stage, lambda row: [-100 if label == end else label for label in row.labels])
     spoilt = replace(spoilt, place=stage.place / "spoilt", n_steps=24)
-    assert list(verdicts(attempt(check, spoilt) for check in BY_HEART).values()) == ["red", "green", "red", "green"]
+    found = verdicts(try_by_heart(check, spoilt) for check in BY_HEART)
+    assert list(found.values()) == ["red", "green", "red", "green"]
 
 
 @pytest.mark.parametrize("shift, words", [(-1, "the loss begins after"), (1, "is learned")])
@@ -135,13 +136,13 @@ def test_a_template_without_an_end_gets_one(tmp_path):
 
 # --- learning -------------------------------------------------------------------------------------------------------
 def test_a_rate_that_moves_nothing(tmp_path):
-    lines = [attempt(check, stage) for stage in [fresh(tmp_path, learning_rate=2e-9)] for check in BY_HEART]
+    lines = [try_by_heart(check, stage) for stage in [fresh(tmp_path, learning_rate=2e-9)] for check in BY_HEART]
     assert list(verdicts(lines).values()) == ["green", "red", "red", "red"]
     assert "raise `learning_rate`" in lines[1].fix
 
 
 def test_a_rate_that_throws_the_model_away(tmp_path):
-    [_, line, stop, _] = [attempt(check, stage) for stage in [fresh(tmp_path, learning_rate=1.0, max_grad_norm=0)]
+    [_, line, stop, _] = [try_by_heart(check, stage) for stage in [fresh(tmp_path, learning_rate=1.0, max_grad_norm=0)]
                           for check in BY_HEART]
     assert line.verdict == "red" and "lower `learning_rate`" in line.words()
 

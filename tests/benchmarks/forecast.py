@@ -2,11 +2,12 @@
 
     python tests/benchmarks/forecast.py [--only 25M] [--output forecast_benchmark.json]
 
-Every run has a process of its own and one thread. It trains a few tokens first, so that libraries and kernels are loaded,
-then the run proper: what the process grew by (resident memory, sampled every 3 ms) is what the system would count against
-it. The same run again under a tally of every tensor says how much of that is tensors. A growth is no sum of tensors: the C
-library's allocator keeps what was freed in pieces, and pages of a buffer that nobody writes to are never there; hence both.
-A step's seconds are CPU seconds, the quicker of the last two of three, so that others on the machine count less.
+Every run has a process of its own and one thread. It trains a few tokens first, so that libraries and kernels are
+loaded, then the run proper: what the process grew by (resident memory, sampled every 3 ms) is what the system would
+count against it. The same run again under a tally of every tensor says how much of that is tensors. A growth is no sum
+of tensors: the C library's allocator keeps what was freed in pieces, and pages of a buffer that nobody writes to are
+never there; hence both. A step's seconds are CPU seconds, the quicker of the last two of three, so that others on the
+machine count less.
 """
 import argparse
 import gc
@@ -24,7 +25,8 @@ from pathlib import Path
 COMMON = {"batch": 4, "length": 256, "precision": "bf16", "passes": 2}
 GRID = [{**COMMON, **run} for run in (
     {"model": "25M", "method": "lora", "batch": 1, "length": 128}, {"model": "25M", "method": "lora", "batch": 8},
-    {"model": "25M", "method": "lora", "length": 512, "gradient_checkpointing": True}, {"model": "25M", "method": "full"},
+    {"model": "25M", "method": "lora", "length": 512, "gradient_checkpointing": True},
+    {"model": "25M", "method": "full"},
     {"model": "25M", "method": "full", "batch": 2, "length": 128, "precision": "fp32", "passes": 1},
     {"model": "25M", "method": "full", "gradient_checkpointing": True},
     {"model": "25M", "method": "lora", "precision": "fp32"}, {"model": "25M", "method": "dora"},
@@ -41,7 +43,8 @@ GRID = [{**COMMON, **run} for run in (
     {"model": "25M", "method": "prefix"},
     {"model": "pocket", "method": "full", "batch": 16, "length": 128, "gradient_checkpointing": True},
     {"model": "25M", "method": "p_tuning", "batch": 2, "length": 512},
-    {"model": "25M", "method": "lora", "batch": 2, "length": 1024, "precision": "fp32", "gradient_checkpointing": True})]
+    {"model": "25M", "method": "lora", "batch": 2, "length": 1024, "precision": "fp32",
+     "gradient_checkpointing": True})]
 
 
 def shape_of(run):
@@ -64,8 +67,10 @@ def config_of(run, folder="pocket"):
         model_name=folder, output_dir=tempfile.mkdtemp(), max_seq_length=run["length"], dataset_format="chat",
         method=run["method"], load_in_4bit=run["method"] == "qlora",
         **({"lora": adapter} if run["method"] in ("lora", "qlora", "dora", "adalora") else {}),
-        training={"max_steps": 3, "per_device_train_batch_size": run["batch"], "gradient_accumulation_steps": run["passes"],
-                  "gradient_checkpointing": run.get("gradient_checkpointing", False), "bf16": run["precision"] == "bf16",
+        training={"max_steps": 3, "per_device_train_batch_size": run["batch"],
+                  "gradient_accumulation_steps": run["passes"],
+                  "gradient_checkpointing": run.get("gradient_checkpointing", False),
+                  "bf16": run["precision"] == "bf16",
                   "packing": run.get("packing", False), "warmup_steps": 0, "logging_steps": 1000, "save_steps": 10**6,
                   "eval_strategy": "no", "optim": run.get("optim", "adamw_torch_fused")})
 
@@ -133,7 +138,8 @@ def one_run(run) -> dict:
         train(config_of(run, folder), rows, tokenizer=tokenizer)
     lengths = [row.n_tokens for row in rows]
     fit = fit_on(config, shape, probe_machine(), probe_pace(run["precision"]), (len(rows), lengths))
-    return {"process": peak.most, "growth": peak.most - peak.before, "memory": vars(fit.memory), "told": fit.budget.peak,
+    return {"process": peak.most, "growth": peak.most - peak.before, "memory": vars(fit.memory),
+            "told": fit.budget.peak,
             "tensors": max(sum(accounts.values()) for accounts in tally.peaks.values()), "step": vars(fit.step),
             "seconds": min(later - earlier for earlier, later in zip(clock[1:], clock[2:]))}
 
@@ -143,7 +149,8 @@ def show(results) -> None:
     mib = 2**20
     print(f"{'run':58} {'tensors':>8} {'told':>6} {'process':>8} {'told, MiB':>20} {'step, s':>8} {'told':>18}")
     for run, got in results:
-        words = " ".join(str(value) if not isinstance(value, bool) else key for key, value in run.items() if key != "passes")
+        words = " ".join(str(value) if not isinstance(value, bool) else key
+                         for key, value in run.items() if key != "passes")
         low, likely, high = (got["memory"][key] / mib for key in ("low", "likely", "high"))
         print(f"{words:58} {got['tensors'] / mib:8.0f} {got['told'] / mib:6.0f} {got['process'] / mib:8.0f} "
               f"{likely:6.0f} ({low:4.0f} to {high:4.0f}) {got['seconds']:8.2f} {got['step']['likely']:5.2f} "

@@ -191,7 +191,8 @@ def set_all(**settings):
 
 def leak(scene):
     "Train on the held-out rows as well."
-    scene.rows = scene.rows[:-len(scene.held_out)] + [talk(*(turn["content"] for turn in row["messages"])) for row in scene.held_out]
+    given_away = [talk(*(turn["content"] for turn in row["messages"])) for row in scene.held_out]
+    scene.rows = scene.rows[:-len(scene.held_out)] + given_away
 
 
 HARMS = {
