@@ -84,15 +84,11 @@ def with_layers(
 def round_layers(
     model,  # of shapes alone; changed in place
 ) -> None:  # its layers know that they are rounded
-    "Mark the linear layers that 4-bit loading rounds, and hold everything else in fp32, as PEFT does."
-    head, whole = model.get_output_embeddings(), set()
+    "Mark the linear layers that 4-bit loading rounds; everything else stays as it was loaded."
+    head = model.get_output_embeddings()
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not head:
             layer.is_rounded = True
-            whole.add(id(layer.weight))
-    for parameter in model.parameters():
-        if id(parameter) not in whole:
-            parameter.data = parameter.data.float()
 
 # %% ../nbs/54_budget.ipynb #9f071e62
 def planned_model(
