@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 # %% auto #0
-__all__ = ['STEEP', 'HURRY', 'SCATTER', 'SWEEP', 'TENTH', 'STUDY', 'MOST_ROWS', 'lr_find', 'Fork', 'valley', 'for_whole_run',
-           'SearchPlan', 'walk_downhill', 'search_rates', 'FoundRate', 'rate_lines', 'check_search', 'spread_rows',
-           'Search', 'search_notes', 'find_learning_rate', 'draw_rising', 'draw_forks', 'plot_rates', 'found_paths',
+__all__ = ['STEEP', 'EDGE', 'NARROW', 'HURRY', 'SCATTER', 'SWEEP', 'TENTH', 'STUDY', 'lr_find', 'Fork', 'valley', 'for_whole_run',
+           'SearchPlan', 'next_place', 'walk_downhill', 'FoundRate', 'rate_lines', 'check_search', 'Search',
+           'search_notes', 'as_good', 'find_learning_rate', 'draw_rising', 'draw_forks', 'plot_rates', 'found_paths',
            'save_found', 'rate_event_words', 'RateDials', 'rate_panel']
 
 # %% ../nbs/62_rates.ipynb #5172e311
@@ -29,11 +29,10 @@ from .models import load_model, load_tokenizer, quiet_libraries
 from .processes import n_processes
 from .runs import RunFiles, disk_guard
 from .settings import FinetuningError, Settings, knob, markdown_table
-from .speed import settle_speed
 from .standing import BLUE, GREY, ORANGE, clock_words
-from .trainer import check_fit, check_rows
-from .training import prepare_model
-from .trials import as_it_was, range_test, rate_range, take_off, trial_config, try_rate, turning_rate
+from .trainer import check_rows
+from .trials import (
+    has_climbed, range_test, rate_range, settle_trials, spread_rows, trial_config, try_rate, turning_rate)
 
 # %% ../nbs/62_rates.ipynb #21ece4a1
 from peft import PeftModel
@@ -71,31 +70,36 @@ def valley(
     return math.exp(min(max(bottom, x - math.log(3)), x + math.log(3))), steep
 
 # %% ../nbs/62_rates.ipynb #48f752e0
-HURRY = 1.2  # by how much the best rate's logarithm falls from a run of no length to the whole run; six tasks' mean
-SCATTER = 0.4  # how far it lies from that, one task like another
+EDGE = 2.0  # how far below the edge the first fork is set, a factor
+NARROW = {True: 1.0, False: 0.82}  # best rate of the whole run, in times that of forks with a quarter of its rows a
+# step, for adapters and for the weights themselves: means of three tasks each
+HURRY = 1.2  # by how much its logarithm falls from a run of no steps to a run of all; six tasks' mean
+SCATTER = 0.27, 0.4  # how far the logarithm lies from either, one task like another
 
 
 def for_whole_run(
-    rate: float,  # the best for a short run
-    n_steps: int,  # of the short run
+    rate: float,  # the best of the forks
+    n_steps: int,  # of a fork
     n_total: int,  # of the run that is planned
+    adapter: bool = True,  # what trains; False: the weights themselves
 ) -> float:  # what to expect of the whole run
-    "Correct a rate for the hurry of a short run."
-    return rate * math.exp(-HURRY * (1 - n_steps / n_total))
+    "Correct a rate for narrow steps, and for the hurry of a short run."
+    return NARROW[adapter] * rate * math.exp(-HURRY * (1 - n_steps / n_total))
 
 # %% ../nbs/62_rates.ipynb #8736e1b9
 SWEEP = 12  # runs of a sweep, with which a search is compared
-TENTH = 0.1  # of the sweep's steps: what a search may take
+TENTH = 0.1  # of the sweep's work: what a search may take
 
 
 @dataclass
 class SearchPlan:
-    "How the steps of a search are shared out."
+    "How the work of a search is shared out, counted in steps of the run that is planned."
     n_total: int  # optimizer steps of the run that is planned
+    batch_size: int = 8  # rows in each of them
 
     @property
     def budget(self) -> int:
-        "Steps that the search may take: a tenth of twelve runs."
+        "Steps' worth of rows that the search may take: a tenth of twelve runs."
         return int(TENTH * SWEEP * self.n_total)
 
     @property
@@ -104,50 +108,47 @@ class SearchPlan:
         return min(max(8, self.n_total // 7), 100)
 
     @property
-    def n_short(self) -> int:
-        "Steps of a short fork."
-        return max(3, self.n_total // 8)
+    def fork_rows(self) -> int:
+        "Rows in a fork's step."
+        return max(1, self.batch_size // 4)
 
-    def n_long(self, n_spent: int) -> int:
-        "Steps of each of two long forks, when so many are spent."
-        return (self.budget - n_spent) // 2
+    @property
+    def fork_steps(self) -> int:
+        "Steps of a fork: all, or fewer where a step has too few rows to be narrowed to a quarter."
+        return min(self.n_total, max(3, self.n_total * self.batch_size // (4 * self.fork_rows)))
+
+    def worth(self, n_steps: int) -> float:
+        "Work of a fork's steps, in steps of the run that is planned."
+        return n_steps * self.fork_rows / self.batch_size
+
+# %% ../nbs/62_rates.ipynb #d2a0e64a
+def next_place(
+    forks: list[Fork],  # so far
+    limits: tuple[float, float],  # lowest and highest rate
+    stride: float = 2.2,  # from one fork to the next while walking, a factor
+) -> float | None:  # a rate; None: another fork would tell nothing new
+    "Walk downhill until the bottom lies among the forks; then go to the bottom."
+    rates, best = [fork.rate for fork in forks], min(forks, key=lambda fork: (fork.loss, fork.rate)).rate
+    if best in (min(rates), max(rates)):
+        place = min(max(best / stride if best == min(rates) else best * stride, limits[0]), limits[1])
+    else:
+        place = valley(forks)[0]
+    return place if min(abs(math.log(place / rate)) for rate in rates) > 0.15 else None
 
 
 def walk_downhill(
     ask: Callable,  # rate -> Fork
-    first: float,  # where the loss turned
+    first: float,  # where to begin
     limits: tuple[float, float],  # lowest and highest rate
-    most: int = 4,  # forks
+    may_ask: Callable,  # True: one more fork can be paid
     stride: float = 2.2,  # from one to the next, a factor
 ) -> list[Fork]:  # two at least
-    "Set forks until the bottom of the valley lies among them."
+    "Set forks, each where the ones before send it."
     first = min(max(first, limits[0] * stride), limits[1])
     forks = [ask(first), ask(first / stride)]
-    while len(forks) < most:
-        best, rates = min(forks, key=lambda fork: fork.loss).rate, [fork.rate for fork in forks]
-        further = best / stride if best == min(rates) else best * stride
-        if min(rates) < best < max(rates) or not limits[0] <= further <= limits[1]:
-            break
-        forks.append(ask(further))
+    while may_ask() and (rate := next_place(forks, limits, stride)):
+        forks.append(ask(rate))
     return forks
-
-# %% ../nbs/62_rates.ipynb #1b9d9a5c
-def search_rates(
-    ask: Callable,  # rate, n_steps -> Fork
-    turned: float,  # the rate at which the loss turned
-    limits: tuple[float, float],  # lowest and highest rate
-    plan: SearchPlan,  # of the search
-    n_spent: int,  # steps that the rising rate took
-) -> tuple[list[Fork], float, float]:  # forks; the rate to train with; how steep the valley is
-    "Set short forks, then long ones, and say where the bottom of the whole run's valley lies."
-    short = walk_downhill(lambda rate: ask(rate, plan.n_short), turned, limits)
-    guess = valley(short)[0]
-    n_long = plan.n_long(n_spent + plan.n_short * len(short))
-    centre = for_whole_run(guess, plan.n_short, plan.n_total) / for_whole_run(1, n_long, plan.n_total)
-    pair = [ask(min(max(centre * factor, limits[0]), limits[1]), n_long) for factor in (0.7, 1.4)]
-    bottom, steep = valley(pair) if pair[0].rate < pair[1].rate else (pair[0].rate, STEEP)
-    bottom = math.exp((2 * math.log(bottom) + math.log(centre)) / 3)  # the short forks have a third of the say
-    return short + pair, min(max(for_whole_run(bottom, n_long, plan.n_total), limits[0]), limits[1]), steep
 
 # %% ../nbs/62_rates.ipynb #e6567152
 STUDY = {True: (0.076, 0.171, 0.002, 5), False: (0.153, 0.339, 0.0064, 4)}  # adapters; the weights
@@ -160,16 +161,17 @@ class FoundRate:
     interval: tuple[float, float]  # rates that the search cannot tell from it
     curve: list[tuple[float, float]]  # of the rising rate: rate, training loss
     turned: float  # where the rising rate stopped helping
-    forks: list[Fork]  # short and long, held-out losses
+    forks: list[Fork]  # held-out losses
     method: str  # what trains
     n_total: int  # optimizer steps of the run that is planned
-    n_spent: int  # optimizer steps of the search
+    n_spent: float  # work of the search, in steps of that run
+    fork_rows: int = 1  # rows in a fork's step
     seconds: float = 0.0  # of the search
     notes: list[str] = field(default_factory=list)  # what to be careful about
 
     @property
     def cost(self) -> float:
-        "Steps of the search, as a share of those of twelve whole runs."
+        "Rows that the search trained on, as a share of those of twelve whole runs."
         return self.n_spent / (SWEEP * self.n_total)
 
     @property
@@ -196,7 +198,7 @@ def rate_lines(
         "as good": f"{found.interval[0]:.2g} to {found.interval[1]:.2g}, as far as such a search can tell",
         "error": f"in {n} small tasks with {kind} the final loss lay {usual:.1%} above the best of twelve rates in the "
                  f"median, {worst:.1%} at worst; {of_fall:.1%} of what training gains",
-        "cost": f"{found.n_spent} steps in {clock_words(found.seconds)}, {found.cost:.1%} of twelve whole runs",
+        "cost": f"the rows of {found.n_spent:.0f} steps in {clock_words(found.seconds)}, {found.cost:.1%} of twelve whole runs",
         **({"careful": "; ".join(found.notes)} if found.notes else {})}
 
 
@@ -208,15 +210,12 @@ def _text(self) -> str:
 def _markdown(self) -> str:
     forks = [(f"{f.rate:.2e}", f.n_steps, f"{f.loss:.4f}" if math.isfinite(f.loss) else "broke") for f in self.forks]
     lines = markdown_table(["learning rate", self.method], rate_lines(self).items())
-    return lines + "\n\n" + markdown_table(["fork at rate", "steps", "held-out loss"], forks)
+    return lines + "\n\n" + markdown_table(["fork at rate", f"steps of {self.fork_rows}", "held-out loss"], forks)
 
 
 FoundRate.__repr__, FoundRate._repr_markdown_ = _text, _markdown
 
 # %% ../nbs/62_rates.ipynb #a96e19c5
-MOST_ROWS = 64  # held-out rows that a fork is measured on; the sweep's cost has such rows too
-
-
 def check_search(
     config: FineTuningConfig,  # resolved settings
     rows: tuple[list, list],  # rows to learn from, to measure on
@@ -241,17 +240,9 @@ def check_search(
         raise FinetuningError(f"an adapter of `method` {config.method} has a history that a search cannot put back; "
                               "pass the base, or search before the first run")
 
-
-def spread_rows(
-    rows: list,  # any rows
-    most: int = MOST_ROWS,  # how many at most
-) -> list:  # at even distances
-    "Take some rows from everywhere."
-    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
-
 # %% ../nbs/62_rates.ipynb #8594cc1b
 class Search:
-    "Makes short runs from one starting place, and counts their steps."
+    "Makes cheap runs from one starting place, and counts their work."
 
     def __init__(
         self,
@@ -262,33 +253,31 @@ class Search:
         on_event: Callable | None = None,  # hears of the rising rate and of each fork
     ):
         self.config, self.model, self.tokenizer, self.rows = config, model, tokenizer, rows
-        self.n_spent, self.tell = 0, on_event or (lambda event: None)
+        self.plan = SearchPlan(config.training.total_steps(len(rows[0])), config.training.effective_batch_size)
+        self.n_spent, self.tell = 0.0, on_event or (lambda event: None)
 
-    def rise(self, low: float, high: float, n_steps: int) -> list[tuple[float, float]]:
+    def rise(self, low: float, high: float) -> list[tuple[float, float]]:
         "Let the rate rise."
-        curve = range_test(self.config, self.model, self.tokenizer, self.rows[0], low, high, n_steps)
-        self.n_spent += min(n_steps, len(curve) + 1)
+        curve = range_test(self.config, self.model, self.tokenizer, self.rows[0], low, high, self.plan.n_rising)
+        self.n_spent += min(self.plan.n_rising, len(curve) + 1)
         self.tell({"type": "rising", "curve": curve, "turned": turning_rate(curve)})
         return curve
 
-    def fork(self, rate: float, n_steps: int) -> Fork:
-        "Train for a while at one rate, and measure."
-        short = trial_config(self.config, len(self.rows[0]), rate, n_steps)
-        heard = try_rate(short, self.model, self.tokenizer, self.rows)
-        self.n_spent += n_steps
-        found = Fork(rate, n_steps, heard.eval_loss)
+    def can_pay(self) -> bool:
+        "Say whether one more fork is within the budget."
+        return self.n_spent + self.plan.worth(self.plan.fork_steps) <= self.plan.budget
+
+    def fork(self, rate: float) -> Fork:
+        "Train at one rate with narrow steps, and measure; what climbs far above its start is ended early."
+        short = trial_config(self.config, len(self.rows[0]), rate, self.plan.fork_steps)
+        at_once = min(self.plan.fork_rows, short.training.per_device_train_batch_size)
+        narrow = short.replace(**{"training.per_device_train_batch_size": at_once,
+                                  "training.gradient_accumulation_steps": self.plan.fork_rows // at_once})
+        heard = try_rate(narrow, self.model, self.tokenizer, self.rows, should_stop=has_climbed)
+        self.n_spent += self.plan.worth(len(heard.losses))
+        found = Fork(rate, len(heard.losses), heard.eval_loss)
         self.tell({"type": "fork", **vars(found)})
         return found
-
-    def settle(self):
-        "Make once the choices of speed that every run would make."
-        with as_it_was(self.config, self.model):
-            trained = prepare_model(self.config, self.model, self.rows[0])
-            try:
-                check_fit(self.rows[0] + self.rows[1], trained)
-                self.config, _ = settle_speed(self.config, trained, self.rows[0])
-            finally:
-                take_off(self.model, trained)
 
 # %% ../nbs/62_rates.ipynb #51d54889
 def search_notes(
@@ -304,10 +293,22 @@ def search_notes(
         notes.append(f"this is the {end} rate that was searched; widen the range")
     if n_held_out < 16:
         notes.append(f"only {n_held_out} held-out rows: the forks' losses are noisy")
-    losses = [fork.loss for fork in forks[-2:]]
-    if max(losses) - min(losses) < 1e-4 * min(losses):
-        notes.append("the long forks ended alike: the rate hardly matters, or nothing was learned")
+    losses = [fork.loss for fork in forks if math.isfinite(fork.loss)]
+    if len(losses) > 1 and max(losses) - min(losses) < 1e-4 * min(losses):
+        notes.append("the forks ended alike: the rate hardly matters, or nothing was learned")
     return notes
+
+
+def as_good(
+    rate: float,  # that was found
+    limits: tuple[float, float],  # lowest and highest rate
+    plan: SearchPlan,  # of the search
+    steep: float,  # how steep the valley is
+) -> tuple[float, float]:  # lowest and highest rate
+    "Say which rates cannot be told from the one that was found: a loss 2 % higher, and the corrections' scatter."
+    short = 1 - plan.fork_steps / plan.n_total
+    wide = math.exp(math.sqrt(math.log(1.02) / steep) + SCATTER[0] + SCATTER[1] * short)
+    return max(limits[0], rate / wide), min(limits[1], rate * wide)
 
 # %% ../nbs/62_rates.ipynb #f1235f6b
 def find_learning_rate(
@@ -327,20 +328,19 @@ def find_learning_rate(
     config = settle_for_method(resolve_config(config, tokenizer=tokenizer)[0])[0]
     limits = rate_range(config, low, high)
     check_search(config, rows, model)
-    plan = SearchPlan(config.training.total_steps(len(rows[0])))
     with quiet_libraries():
         if model is None:
             precision = base_precision(config)
             model = load_model(config.model_name, config.load_in_4bit, precision, config.device_map)
-        search = Search(config, model, tokenizer, rows, on_event)
-        search.settle()
-        curve = search.rise(*limits, plan.n_rising)
+        search = Search(settle_trials(config, model, rows), model, tokenizer, rows, on_event)
+        curve, plan = search.rise(*limits), search.plan
         turned = turning_rate(curve)
-        forks, rate, steep = search_rates(search.fork, turned, limits, plan, search.n_spent)
-    wide = math.exp(math.sqrt(math.log(1.02) / steep) + SCATTER * (1 - forks[-1].n_steps / plan.n_total))
-    interval = max(limits[0], rate / wide), min(limits[1], rate * wide)
-    return FoundRate(rate, interval, curve, turned, forks, config.method, plan.n_total, search.n_spent,
-                     time.time() - began, search_notes(rate, limits, forks, len(rows[1])))
+        forks = walk_downhill(search.fork, turned / EDGE, limits, search.can_pay)
+    bottom, steep = valley(forks)
+    rate = min(max(for_whole_run(bottom, plan.fork_steps, plan.n_total, config.trains_adapter), limits[0]), limits[1])
+    return FoundRate(rate, as_good(rate, limits, plan, steep), curve, turned, forks, config.method, plan.n_total,
+                     search.n_spent, plan.fork_rows, time.time() - began,
+                     search_notes(rate, limits, forks, len(rows[1])))
 
 
 lr_find = find_learning_rate  # as fastai calls it
@@ -364,10 +364,8 @@ def draw_forks(
     found: FoundRate,  # from `find_learning_rate`
 ) -> None:
     "Draw the forks of each length, and the rate that follows from them."
-    for colour, n_steps in zip((GREY, ORANGE), sorted({fork.n_steps for fork in found.forks})):
-        forks = sorted((f.rate, f.loss) for f in found.forks if f.n_steps == n_steps and math.isfinite(f.loss))
-        if forks:
-            axes.plot(*zip(*forks), color=colour, marker="o", ms=5, lw=1.2, label=f"{n_steps} steps")
+    forks = sorted((fork.rate, fork.loss) for fork in found.forks if math.isfinite(fork.loss))
+    axes.plot(*zip(*forks), color=ORANGE, marker="o", ms=5, lw=1.2, label=f"forks, {found.fork_rows} rows a step")
     axes.axvspan(*found.interval, color=BLUE, alpha=0.15, lw=0)
     axes.axvline(found.suggestion, color=BLUE, lw=1.5, label=f"{found.suggestion:.2g} for {found.n_total} steps")
     axes.set_title("held-out loss of the forks", fontsize=9, loc="left", color="#444")

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 # %% auto #0
-__all__ = ['WIDEST', 'trial_config', 'TrialProgress', 'chance_state', 'set_chance_state', 'moves_base', 'as_it_was', 'take_off',
-           'try_rate', 'rate_range', 'RisingRate', 'has_turned', 'range_test', 'turning_rate']
+__all__ = ['MOST_ROWS', 'WIDEST', 'trial_config', 'TrialProgress', 'chance_state', 'set_chance_state', 'moves_base', 'as_it_was',
+           'take_off', 'try_rate', 'settle_trials', 'spread_rows', 'rate_range', 'RisingRate', 'has_turned',
+           'has_climbed', 'range_test', 'turning_rate']
 
 # %% ../nbs/61_trials.ipynb #f7335d3a
 from .config import USUAL_RATE, FineTuningConfig, parse_rate
@@ -24,9 +25,9 @@ from .progress import StepProgress
 from .relief import memory_guard
 from .runs import RunFolder
 from .settings import FinetuningError
-from .speed import fast_paths
+from .speed import fast_paths, settle_speed
 from .standing import smoothed
-from .trainer import own_forward
+from .trainer import check_fit, own_forward
 from .training import TrainedRun, prepare_model, run_steps
 
 # %% ../nbs/61_trials.ipynb #bac10059
@@ -165,6 +166,32 @@ def try_rate(
             take_off(model, trained)
     return heard
 
+# %% ../nbs/61_trials.ipynb #620b18ab
+def settle_trials(
+    config: FineTuningConfig,  # of the run that is planned, resolved
+    model,  # a base, or a model with an adapter; it is as before afterwards
+    rows: tuple[list, list],  # rows to learn from, to measure on
+) -> FineTuningConfig:  # says how to be fast
+    "Make once the choices of speed that every short run would make, and refuse rows that do not fit the model."
+    with as_it_was(config, model):
+        trained = prepare_model(config, model, rows[0])
+        try:
+            check_fit(rows[0] + rows[1], trained)
+            return settle_speed(config, trained, rows[0])[0]
+        finally:
+            take_off(model, trained)
+
+
+MOST_ROWS = 64  # held-out rows that a short run is measured on
+
+
+def spread_rows(
+    rows: list,  # any rows
+    most: int = MOST_ROWS,  # how many at most
+) -> list:  # at even distances
+    "Take some rows from everywhere."
+    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
+
 # %% ../nbs/61_trials.ipynb #904b8ade
 WIDEST = (0.5, 500.0)  # times the method's usual rate: where a search begins and ends; small models want more
 
@@ -207,6 +234,13 @@ def has_turned(
     "Say whether a rising rate has risen too far."
     smooth = smoothed(losses, share=2 / max(2, len(losses)))
     return len(losses) > 4 and smooth[-1] > max(3 * min(smooth), 1.5 * statistics.median(losses[:3]))
+
+
+def has_climbed(
+    losses: list[float],  # of the steps so far
+) -> bool:  # True: half as high again as at the start, over six steps
+    "Say whether a run at one rate has lost its way."
+    return len(losses) > 11 and statistics.mean(losses[-6:]) > 1.5 * statistics.mean(losses[:6])
 
 
 def range_test(

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['CLEAN', 'PLANTED', 'COMPLAINTS', 'ask_in', 'by_method', 'change_rows', 'said', 'judge_clean', 'measured',
-           'caught_share', 'family_table', 'harm_table', 'draw_riddle', 'answer_riddle', 'complaint_table']
+__all__ = ['CLEAN_ROWS', 'CLEAN_SETTINGS', 'CLEAN', 'PLANTED', 'COMPLAINTS', 'ask_in', 'by_method', 'change_rows', 'said',
+           'judge_clean', 'measured', 'caught_share', 'family_table', 'harm_table', 'draw_riddle', 'answer_riddle',
+           'complaint_table']
 
 # %% ../nbs/75_zoo.ipynb #447aa022
 import finetuning_kit
@@ -60,7 +61,7 @@ def said(
     return tuple(turn["content"] for turn in row["messages"])
 
 # %% ../nbs/75_zoo.ipynb #97db16ea
-CLEAN = {
+CLEAN_ROWS = {
     "as shipped": lambda scene: None,
     "German": ask_in("Was ist {a} plus {b}?", "{a} plus {b} ist {sum}."),
     "French": ask_in("Combien font {a} et {b} ?", "{a} et {b} font {sum}."),
@@ -87,7 +88,7 @@ CLEAN = {
 }
 
 # %% ../nbs/75_zoo.ipynb #f88882d5
-CLEAN |= {
+CLEAN_SETTINGS = {
     "nothing held out": lambda scene: (setattr(scene, "held_out", None), scene.set(split_ratio=0.0)),
     "a share held out": lambda scene: setattr(scene, "held_out", None),
     "a high rate": lambda scene: scene.set(learning_rate=1e-2),
@@ -108,15 +109,17 @@ CLEAN |= {
     "prompt tuning": by_method("prompt", learning_rate=3e-2),
     "norms alone": by_method("ln_tuning", learning_rate=1e-2),
 }
+CLEAN = CLEAN_ROWS | CLEAN_SETTINGS
 
 
 def judge_clean(
-    name: str,  # a key of `CLEAN`
+    name: str,  # a key of `CLEAN`, or two with " with " between
     keeper: Keeper,  # makes the scene
     act: Callable = go,  # `look`: only what comes before the first step
 ) -> Verdict:  # "passed", or how it was stopped
     "Run something in which nothing is wrong."
-    innocent = Case(name, "clean", "", "", CLEAN[name], act)
+    plant = lambda scene: [CLEAN[part](scene) for part in name.split(" with ")]
+    innocent = Case(name, "clean", "", "", plant, act)
     verdict = judge_fault(innocent, keeper)
     return Verdict(innocent, "passed" if verdict.finished else "stopped wrongly", verdict.when, verdict.sentence,
                    verdict.seconds)

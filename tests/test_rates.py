@@ -12,7 +12,8 @@ from finetuning_kit.loading import load_records
 from finetuning_kit.machine import resolve_config
 from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.profiles import demo_config
-from finetuning_kit.rates import Fork, SearchPlan, find_learning_rate, lr_find, rate_lines, search_rates, valley
+from finetuning_kit.rates import (
+    EDGE, Fork, SearchPlan, find_learning_rate, for_whole_run, lr_find, rate_lines, valley, walk_downhill)
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.tokens import encode_records
 from finetuning_kit.trials import chance_state, trial_config, try_rate
@@ -77,16 +78,33 @@ def test_a_search_keeps_to_its_budget_and_tells_its_price(parts):
 @pytest.mark.parametrize("steep", (0.4, 1.5))
 def test_the_bottom_is_found_from_anywhere_and_within_the_budget(start, steep):
     plan, spent = SearchPlan(200), []
+    bottom = 2e-3 / for_whole_run(1, plan.fork_steps, 200)
 
-    def ask(rate, n_steps):
-        spent.append(n_steps)
-        bottom = 2e-3 * math.exp(1.2 * (1 - n_steps / 200))
-        return Fork(rate, n_steps, math.inf if rate > 0.2 else 0.5 * math.exp(steep * math.log(rate / bottom) ** 2))
+    def ask(rate):
+        spent.append(plan.worth(plan.fork_steps))
+        return Fork(rate, 200, math.inf if rate > 0.2 else 0.5 * math.exp(steep * math.log(rate / bottom) ** 2))
 
-    _, rate, _ = search_rates(ask, start, (1e-4, 1.0), plan, plan.n_rising)
+    def can_pay():
+        return plan.n_rising + sum(spent) + plan.worth(plan.fork_steps) <= plan.budget
+
+    forks = walk_downhill(ask, start / EDGE, (1e-4, 1.0), can_pay)
+    rate = for_whole_run(valley(forks)[0], plan.fork_steps, 200)
     assert plan.n_rising + sum(spent) <= plan.budget
     far = start < 1e-4 or start > 1e-2
-    assert 2e-3 / (6 if far else 1.5) < rate < 2e-3 * (6 if far else 1.5)
+    assert 2e-3 / (6 if far else 1.3) < rate < 2e-3 * (6 if far else 1.3)
+
+
+@pytest.mark.parametrize("batch_size, shape", ((1, (1, 50)), (2, (1, 100)), (3, (1, 150)), (7, (1, 200)), (8, (2, 200)),
+                                               (64, (16, 200))))
+def test_a_fork_costs_a_quarter_of_a_run_at_most(batch_size, shape):
+    plan = SearchPlan(200, batch_size)
+    assert (plan.fork_rows, plan.fork_steps) == shape and plan.worth(plan.fork_steps) <= 50
+
+
+def test_forks_that_all_broke_send_the_search_down():
+    asked = walk_downhill(lambda rate: Fork(rate, 8, math.inf if rate > 1e-3 else 1 / rate), 0.1, (1e-5, 1.0),
+                          iter((True, True, True, False)).__next__)
+    assert [fork.rate for fork in asked] == sorted((fork.rate for fork in asked), reverse=True) and len(asked) == 5
 
 
 def test_a_valley_of_broken_forks_names_the_lowest_rate():

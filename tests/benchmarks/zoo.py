@@ -1,6 +1,6 @@
 """The fault zoo, whole: what became of every fault here, in plain TRL, what it costs there, and the curves of the game.
 
-    python -m tests.benchmarks.zoo [--parts kit clean plain harm curves] [--output measured.json]
+    python -m tests.benchmarks.zoo [--parts kit clean crossed plain harm curves] [--output measured.json]
 
 Parts that are not asked for stay in the file as they were. Plain TRL is SFTTrainer with PEFT's LoRA on the same layers
 and the settings that it has too (rate, batch, steps, length limit), everything else at its defaults; rows, model folder
@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import random
+import shutil
 import tempfile
 import time
 import warnings
@@ -23,7 +24,7 @@ from finetuning_kit.breakdowns import lent_adapter, spoil_weight
 from finetuning_kit.faults import Case, Keeper, call_human, change_places, go, judge_fault, look, move_answers, talk
 from finetuning_kit.faults import zoo_rows
 from finetuning_kit.traps import ANSWER, shift_words
-from finetuning_kit.zoo import CLEAN, PLANTED, judge_clean
+from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, PLANTED, judge_clean
 
 HOME = Path(__file__).parents[2] / "finetuning_kit" / "assets" / "zoo" / "measured.json"
 MACHINE = "2 shared x86 cores with AVX-512 BF16, one thread, no GPU"
@@ -52,6 +53,17 @@ def clean(keeper) -> list:
     found = []
     for name in CLEAN:
         verdict = judge_clean(name, keeper)
+        found.append({"name": name, "outcome": verdict.outcome, "sentence": short(verdict.sentence, keeper)})
+        print(f"clean  {verdict.outcome:8} {verdict.seconds:5.1f} s  {name}", flush=True)
+    return found
+
+
+def crossed(keeper) -> list:
+    "Run every kind of rows with every kind of settings, each folder removed when it is judged."
+    found = []
+    for name in (f"{rows} with {settings}" for rows in CLEAN_ROWS for settings in CLEAN_SETTINGS):
+        verdict = judge_clean(name, keeper)
+        shutil.rmtree(keeper.place / f"{keeper.n_scenes:03d}")
         found.append({"name": name, "outcome": verdict.outcome, "sentence": short(verdict.sentence, keeper)})
         print(f"clean  {verdict.outcome:8} {verdict.seconds:5.1f} s  {name}", flush=True)
     return found
@@ -288,7 +300,7 @@ def curves(keeper) -> dict:
     return found
 
 
-PARTS = {"kit": kit, "clean": clean, "plain": plain, "harm": harm, "curves": curves}
+PARTS = {"kit": kit, "clean": clean, "crossed": crossed, "plain": plain, "harm": harm, "curves": curves}
 
 
 def main():
