@@ -346,7 +346,7 @@ def read_labels(
                                   f"the labels {', '.join(labels)}; add it to `labels` or `aliases`, or mend the row")
     return pairs
 
-# %% ../nbs/64a_metrics.ipynb #87264bf8
+# %% ../nbs/64a_metrics.ipynb #9f099f61
 def macro_f1_of_counts(
     counts: np.ndarray,  # [..., 3 * n_classes]: right, wanted, given, class by class
 ) -> np.ndarray:  # [...], between 0 and 1
@@ -366,9 +366,9 @@ def accuracy(
         return np.array([[given == wanted, 1] for wanted, given in read_labels(exchanges, labels, aliases)],
                         float).reshape(-1, 2)
 
-    return Metric("accuracy", "answers with the label wanted, whatever its case", count)
+    return Metric("label_accuracy" if labels else "accuracy", "answers with the label wanted, whatever its case", count)
 
-# %% ../nbs/64a_metrics.ipynb #6c6af80d
+# %% ../nbs/64a_metrics.ipynb #e89a5cd5
 def macro_f1(
     labels: tuple[str, ...] | None = None,  # as for `accuracy`
     aliases: dict[str, str] | None = None,  # other spellings -> label
@@ -385,7 +385,7 @@ def macro_f1(
                 counts[row, places[given], 0] = given == wanted
         return counts.reshape(len(pairs), -1)
 
-    return Metric("macro_f1", "F1 of each label, averaged over the labels", count, macro_f1_of_counts,
+    return Metric("label_macro_f1" if labels else "macro_f1", "F1 of each label, averaged over the labels", count, macro_f1_of_counts,
                   source="scikit-learn f1_score(average='macro', labels=those of the references)")
 
 
