@@ -24,14 +24,14 @@ from .templates import Span
 from .tokens import encode_record
 
 # %% auto #0
-__all__ = ['MEASURED', 'PERPLEXITY', 'BITS_PER_BYTE', 'LENGTHS', 'CHOICE_ACCURACY', 'CHOICE_ACCURACY_NORM', 'Piece', 'Likelihood',
-           'measure_likelihoods', 'perplexity_of_counts', 'count_extra', 'text_pieces', 'join_likelihoods', 'as_extra',
-           'text_exchanges', 'reference_piece', 'likelihood_extras', 'choice_costs', 'choice_accuracy', 'read_choices',
-           'encode_continuation', 'choice_exchanges', 'completion_accuracy']
+__all__ = ['MEASURED', 'PERPLEXITY', 'BITS_PER_BYTE', 'LENGTHS', 'CHOICE_ACCURACY', 'CHOICE_ACCURACY_NORM', 'Continuation',
+           'Likelihood', 'measure_likelihoods', 'perplexity_of_counts', 'count_extra', 'text_pieces',
+           'join_likelihoods', 'as_extra', 'text_exchanges', 'reference_piece', 'likelihood_extras', 'choice_costs',
+           'choice_accuracy', 'read_choices', 'encode_continuation', 'choice_exchanges', 'completion_accuracy']
 
-# %% ../nbs/64b_likelihood.ipynb #49cd4741
+# %% ../nbs/64b_likelihood.ipynb #6d50d2bd
 @dataclass(frozen=True)
-class Piece:
+class Continuation:
     "A text as a model reads it, and the part of it that is measured"
     ids: list[int]  # all tokens, the context first
     begin: int  # where the measured part begins, at least 1: something must stand before it
@@ -49,7 +49,7 @@ class Likelihood:
 
 def _check_pieces(
     model,  # a causal language model
-    pieces: list[Piece],  # what it shall read
+    pieces: list[Continuation],  # what it shall read
     batch_size: int,  # pieces read at once
 ) -> None:  # raises for what cannot be read
     "Refuse what a model cannot read, before it begins"
@@ -64,16 +64,16 @@ def _check_pieces(
             raise FinetuningError(f"piece {row + 1} of {len(pieces)} measures nothing: it begins at {piece.begin} of "
                                   f"{len(piece.ids)} tokens; there must be one before it and one to measure")
 
-# %% ../nbs/64b_likelihood.ipynb #8ba25c4a
+# %% ../nbs/64b_likelihood.ipynb #fc4ee2a4
 @torch.no_grad()
 def _read_batch(
     model,  # a causal language model in evaluation mode
-    pieces: list[Piece],  # of similar length
+    pieces: list[Continuation],  # of similar length
 ) -> list[Likelihood]:  # one for each
     "Read pieces in one forward pass; the padding stands on the right, where no token looks"
     width = max(len(piece.ids) for piece in pieces)
     ids = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in pieces], device=model.device)
-    mask = torch.tensor([[1] * len(piece.ids) + [0] * (width - len(piece.ids)) for piece in pieces], device=model.device)
+    mask = torch.tensor([[n < len(piece.ids) for n in range(width)] for piece in pieces], device=model.device).long()
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -width:]  # prompt tuning puts positions before
     found = []
     for row, piece in enumerate(pieces):
@@ -86,7 +86,7 @@ def _read_batch(
 
 def measure_likelihoods(
     model,  # a causal language model, with or without adapters
-    pieces: list[Piece],  # what to read
+    pieces: list[Continuation],  # what to read
     batch_size: int = 8,  # pieces read at once; halve it when memory runs out
     on_progress: Callable[[int, int], None] | None = None,  # called with (read, total) after each batch
 ) -> list[Likelihood]:  # one for each piece, in their order
@@ -132,12 +132,12 @@ BITS_PER_BYTE = Metric("bits_per_byte", "bits that the model needs for a byte of
                        lambda exchanges: count_extra(exchanges, "bytes_read", 1 / math.log(2)), better="lower",
                        needs=MEASURED, percent=False, source="nats / (ln 2 * UTF-8 bytes), as lm-evaluation-harness")
 
-# %% ../nbs/64b_likelihood.ipynb #a3a83e01
+# %% ../nbs/64b_likelihood.ipynb #e6ca7f9d
 def text_pieces(
     tokenizer,  # a fast tokenizer
     text: str,  # plain text, without template
     context: int = 1024,  # tokens in a window at most
-) -> list[Piece]:  # windows that overlap by half; together they measure every token once
+) -> list[Continuation]:  # windows that overlap by half; together they measure every token once
     "Cut a text into what a model can read at once"
     if not text.strip():
         raise FinetuningError("the text is empty; leave it out")
@@ -151,7 +151,7 @@ def text_pieces(
     while done < len(ids):
         end = min(len(ids), max(context, done + context // 2))
         first = max(0, end - context)
-        pieces.append(Piece(ids[first:end], done - first, 0 if pieces else len(text.encode())))
+        pieces.append(Continuation(ids[first:end], done - first, 0 if pieces else len(text.encode())))
         done = end
     return pieces
 
@@ -188,12 +188,12 @@ def text_exchanges(
     likelihoods = [join_likelihoods([next(found) for _ in some]) for some in pieces]
     return [Exchange(text, None, Answer("", 0, False), extra=as_extra(each)) for text, each in zip(texts, likelihoods)]
 
-# %% ../nbs/64b_likelihood.ipynb #9d16ee90
+# %% ../nbs/64b_likelihood.ipynb #61a458ad
 def reference_piece(
     tokenizer,  # a fast tokenizer
     record,  # a sample or a conversation that ends with the answer wanted
     formatter=None,  # None: the chat template; otherwise the formatter used in training
-) -> Piece:  # the question as context, the answer without its end mark
+) -> Continuation:  # the question as context, the answer without its end mark
     "Find the answer wanted in a row as the model was trained on it"
     row = encode_record(tokenizer, record, None, formatter, learn="last_answer")
     learned = [place for place, label in enumerate(row.labels) if label != -100]
@@ -201,7 +201,7 @@ def reference_piece(
     end = next((place for place in learned if row.input_ids[place] in stops), learned[-1] + 1)
     if learned[0] >= end:
         raise FinetuningError("the answer wanted is empty; fill the row or leave it out")
-    return Piece(row.input_ids[:end], learned[0], len(to_messages(record)[-1]["content"].encode()))
+    return Continuation(row.input_ids[:end], learned[0], len(to_messages(record)[-1]["content"].encode()))
 
 
 def likelihood_extras(
@@ -221,7 +221,7 @@ def likelihood_extras(
             raise FinetuningError(f"`records[{row}]`: {error}") from None
     return [as_extra(each) for each in measure_likelihoods(model, pieces, batch_size, on_progress)]
 
-# %% ../nbs/64b_likelihood.ipynb #ed917eed
+# %% ../nbs/64b_likelihood.ipynb #6a1e60f3
 LENGTHS = ("sum", "token", "character", "byte")  # what a choice's nats are divided by
 
 
@@ -241,7 +241,7 @@ def choice_accuracy(
 ) -> Metric:  # share of rows whose right choice is the likeliest
     "Measure multiple choice by log-probability"
     if by not in LENGTHS:
-        raise FinetuningError(f"`by` must be one of {', '.join(LENGTHS)}, got {by!r}; the harness's acc_norm is character")
+        raise FinetuningError(f"`by` must be one of {', '.join(LENGTHS)}, got {by!r}; acc_norm is character")
 
     def count(exchanges):
         right = [choice_costs(each, by).argmin() == each.extra["label"] for each in exchanges]
@@ -256,7 +256,7 @@ def choice_accuracy(
 
 CHOICE_ACCURACY, CHOICE_ACCURACY_NORM = choice_accuracy(), choice_accuracy("character")
 
-# %% ../nbs/64b_likelihood.ipynb #3671046d
+# %% ../nbs/64b_likelihood.ipynb #3c3bedea
 def read_choices(
     row: dict,  # `prompt` or `question`, `choices`, `label`
     place: str = "the row",  # how to name it in messages
@@ -272,8 +272,8 @@ def read_choices(
     if isinstance(label, str) and label in choices:
         label = choices.index(label)
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-        raise FinetuningError(f"`label` of {place} must be a number from 0 to {len(choices) - 1}, or one of its choices, "
-                              f"got {label!r:.60}")
+        raise FinetuningError(f"`label` of {place} must be a number from 0 to {len(choices) - 1}, or one of its "
+                              f"choices, got {label!r:.60}")
     return prompt, list(choices), label
 
 
@@ -282,14 +282,14 @@ def encode_continuation(
     prompt: str,  # plain text, without a template
     completion: str,  # how it goes on
     separator: str = " ",  # put between the two where neither brings white space
-) -> Piece:  # the whole text, measured from where the completion begins
+) -> Continuation:  # the whole text, measured from where the completion begins
     "Encode a prompt and its completion as one text, and find where the completion begins"
     joined = prompt[-1].isspace() or completion[0].isspace()
     whole = tokenizer(prompt + ("" if joined else separator) + completion)["input_ids"]
     before = tokenizer(prompt)["input_ids"]
     ends = min(len(before), len(whole) - 1)
     begin = next((place for place in range(ends) if before[place] != whole[place]), ends)
-    return Piece(whole, max(begin, 1), len(completion.strip().encode()))
+    return Continuation(whole, max(begin, 1), len(completion.strip().encode()))
 
 # %% ../nbs/64b_likelihood.ipynb #accc825f
 def choice_exchanges(
@@ -317,7 +317,7 @@ def choice_exchanges(
                                   ({"role": "user", "content": prompt},), extra))
     return exchanges
 
-# %% ../nbs/64b_likelihood.ipynb #b7b7fcfe
+# %% ../nbs/64b_likelihood.ipynb #3c1c3279
 def completion_accuracy(
     model,  # a causal language model, with or without adapters
     tokenizer,  # its tokenizer
@@ -331,6 +331,7 @@ def completion_accuracy(
     rows = [getattr(row, "data", row) for row in rows]
     for row in rows:
         if not row.get("prompt") or not row.get("completion"):
-            raise FinetuningError(f"a completion row needs text in `prompt` and `completion`, got the keys {sorted(row)}")
+            raise FinetuningError("a completion row needs text in `prompt` and `completion`, got the keys "
+                                  f"{sorted(row)}")
     pieces = [encode_continuation(tokenizer, row["prompt"], row["completion"], separator) for row in rows]
     return sum(each.is_greedy for each in measure_likelihoods(model, pieces, batch_size)) / len(rows)

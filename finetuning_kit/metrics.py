@@ -24,10 +24,10 @@ from .settings import FinetuningError
 __all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'BLEU', 'CHRF', 'UNSPACED',
            'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
            'DISTINCT_2', 'DISTINCT_1_ROW', 'DISTINCT_2_ROW', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
-           'missing_needs', 'count_rows', 'optional_module', 'package_version', 'token_f1', 'count_letters',
-           'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words', 'check_pairs',
-           'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels', 'macro_f1_of_counts', 'accuracy',
-           'macro_f1', 'ngrams', 'repeated_share', 'count_distinct', 'distinct_of_counts', 'distinct']
+           'missing_needs', 'needs_problem', 'count_rows', 'optional_module', 'package_version', 'token_f1',
+           'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words',
+           'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels', 'macro_f1_of_counts',
+           'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct', 'distinct_of_counts', 'distinct']
 
 # %% ../nbs/64a_metrics.ipynb #1501f497
 @dataclass(frozen=True)
@@ -92,16 +92,23 @@ def missing_needs(
     return [row for row, exchange in enumerate(exchanges) if lacks(exchange)]
 
 
+def needs_problem(
+    metric: Metric,  # what is to be measured
+    exchanges: list[Exchange],  # with or without answers
+) -> str:  # a sentence; empty when every row has what the metric needs
+    "Say which rows lack what a metric needs"
+    missing, needs = missing_needs(metric, exchanges), " and ".join(f"`{need}`" for need in metric.needs)
+    return (f"`{metric.name}` needs {needs} in every row, and {len(missing)} of {len(exchanges)} rows lack it, the "
+            f"first is row {missing[0] + 1}; add it, or leave the metric out") if missing else ""
+
+
 def count_rows(
     metric: Metric,  # what is measured
     exchanges: list[Exchange],  # with their answers
 ) -> np.ndarray:  # [n_rows, n_counts]
     "Count in every row, and refuse rows that lack what the metric needs"
-    missing = missing_needs(metric, exchanges)
-    if missing:
-        raise FinetuningError(f"`{metric.name}` needs {' and '.join(f'`{need}`' for need in metric.needs)} in every row, "
-                              f"and {len(missing)} of {len(exchanges)} rows lack it, the first is row {missing[0] + 1}; "
-                              "add it, or leave the metric out")
+    if problem := needs_problem(metric, exchanges):
+        raise FinetuningError(problem)
     return metric.count(exchanges)
 
 # %% ../nbs/64a_metrics.ipynb #7050f823
@@ -295,25 +302,27 @@ def rouge_scores(
     check_pairs(answers, references)
     return dict(zip(("rouge1", "rouge2", "rougeL"), rouge_rows(answers, references).mean(0).tolist()))
 
-# %% ../nbs/64a_metrics.ipynb #e321de7b
+# %% ../nbs/64a_metrics.ipynb #8f740552
 def rouge(
     kind: str = "rougeL",  # "rouge1", "rouge2" and so on, "rougeL", "rougeLsum"
-    tokenize: Callable[[str], list[str]] | None = None,  # such as `unicode_words`; None: rouge-score's, Latin letters only
+    tokenize: Callable[[str], list[str]] | None = None,  # such as `unicode_words`; None: rouge-score's, Latin only
 ) -> Metric:  # the mean of the rows' F-measures
     "Measure ROUGE with rouge-score"
     def count(exchanges):
-        values = rouge_rows([each.text for each in exchanges], [each.reference for each in exchanges], (kind,), tokenize)
+        answers, references = [each.text for each in exchanges], [each.reference for each in exchanges]
+        values = rouge_rows(answers, references, (kind,), tokenize)
         return np.hstack([values, np.ones_like(values)])
 
     what = {"1": "single words", "2": "word pairs", "L": "words in the same order"}.get(kind[5:], "phrases")
     words = getattr(tokenize, "__name__", "words") if tokenize else ""
+    settings = f"{kind}|stem:no|tok:{words or 'default'}"
     return Metric(kind.lower() + f"_{words}" * bool(words), f"{what} in common, F-measure of each answer", count,
-                  source=f"rouge-score {kind}|stem:no|tok:{words or 'default'}|version:{package_version('rouge-score')}")
+                  source=f"rouge-score {settings}|version:{package_version('rouge-score')}")
 
 
 ROUGE_1, ROUGE_2, ROUGE_L = rouge("rouge1"), rouge("rouge2"), rouge("rougeL")
 
-# %% ../nbs/64a_metrics.ipynb #af4806b4
+# %% ../nbs/64a_metrics.ipynb #c29074e7
 def read_label(
     text: str,  # an answer, or a reference
     labels: tuple[str, ...] | None = None,  # all there are; None: the whole text is the label
@@ -321,10 +330,10 @@ def read_label(
 ) -> str | None:  # the label, normalised; None: no label of the list, or more than one
     "Read the label of a classification answer, whatever its case and punctuation"
     words = normalise_answer(text, "squad")
-    known = {normalise_answer(each, "squad"): normalise_answer(label, "squad") for each, label in (aliases or {}).items()}
+    pairs = [*(aliases or {}).items(), *((label, label) for label in labels or ())]
+    known = {normalise_answer(each, "squad"): normalise_answer(label, "squad") for each, label in pairs}
     if labels is None:
         return known.get(words, words)
-    known |= {normalise_answer(label, "squad"): normalise_answer(label, "squad") for label in labels}
     found, words = set(), f" {words} "
     for spelling in sorted(known, key=len, reverse=True):  # "very good" before "good"
         if f" {spelling} " in words:
@@ -339,12 +348,12 @@ def read_labels(
     aliases: dict[str, str] | None = None,  # as in `read_label`
 ) -> list[tuple[str, str | None]]:  # label wanted, label given
     "Read the labels of references and answers; a reference must have one"
-    pairs = [(read_label(each.reference, labels, aliases), read_label(each.text, labels, aliases)) for each in exchanges]
-    for row, (wanted, _) in enumerate(pairs):
+    read = [[read_label(text, labels, aliases) for text in (each.reference, each.text)] for each in exchanges]
+    for row, (wanted, _) in enumerate(read):
         if wanted is None:
             raise FinetuningError(f"the reference of row {row + 1}, {exchanges[row].reference[:60]!r}, must name one of "
-                                  f"the labels {', '.join(labels)}; add it to `labels` or `aliases`, or mend the row")
-    return pairs
+                                  f"the labels {', '.join(labels)}; add it to them or to `aliases`, or mend the row")
+    return [tuple(pair) for pair in read]
 
 # %% ../nbs/64a_metrics.ipynb #9f099f61
 def macro_f1_of_counts(
@@ -368,7 +377,7 @@ def accuracy(
 
     return Metric("label_accuracy" if labels else "accuracy", "answers with the label wanted, whatever its case", count)
 
-# %% ../nbs/64a_metrics.ipynb #e89a5cd5
+# %% ../nbs/64a_metrics.ipynb #0693832e
 def macro_f1(
     labels: tuple[str, ...] | None = None,  # as for `accuracy`
     aliases: dict[str, str] | None = None,  # other spellings -> label
@@ -385,7 +394,8 @@ def macro_f1(
                 counts[row, places[given], 0] = given == wanted
         return counts.reshape(len(pairs), -1)
 
-    return Metric("label_macro_f1" if labels else "macro_f1", "F1 of each label, averaged over the labels", count, macro_f1_of_counts,
+    name = "label_macro_f1" if labels else "macro_f1"
+    return Metric(name, "F1 of each label, averaged over the labels", count, macro_f1_of_counts,
                   source="scikit-learn f1_score(average='macro', labels=those of the references)")
 
 
@@ -443,15 +453,15 @@ def distinct_of_counts(
     with np.errstate(divide="ignore", invalid="ignore"):
         return (counts[..., :-1] > 0).sum(-1) / counts[..., -1]
 
-# %% ../nbs/64a_metrics.ipynb #b32f8de3
+# %% ../nbs/64a_metrics.ipynb #b868c2f6
 def distinct(
     n: int = 1,  # words in a row
     within: Literal["set", "answer"] = "set",  # "set": all answers together, as published; "answer": the mean of each
 ) -> Metric:  # distinct n-grams for each word
     "Measure how varied answers are"
-    source = f"Li et al. 2016, distinct-{n}"
+    source, what = f"Li et al. 2016, distinct-{n}", "distinct words" if n == 1 else f"distinct runs of {n} words"
     if within == "set":
-        return Metric(f"distinct_{n}", f"distinct {'words' if n == 1 else f'runs of {n} words'} of all answers, a word",
+        return Metric(f"distinct_{n}", f"{what} of all answers, for each word",
                       lambda exchanges: count_distinct(exchanges, n), distinct_of_counts, needs=(), source=source)
     if within != "answer":
         raise FinetuningError(f"`within` must be set or answer, got {within!r}; set is what papers report")
@@ -460,8 +470,8 @@ def distinct(
         words = unicode_words(exchange.text)
         return len(set(ngrams(words, n))) / len(words) if words else None
 
-    return row_metric(f"distinct_{n}_row", f"distinct {'words' if n == 1 else f'runs of {n} words'} within an answer, a word",
-                      variety, needs=(), source=source + ", within each answer")
+    return row_metric(f"distinct_{n}_row", f"{what} within an answer, for each word", variety, needs=(),
+                      source=source + ", within each answer")
 
 
 DISTINCT_1, DISTINCT_2 = distinct(1), distinct(2)

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'OTHER_NAMES', 'DOUBTS', 'TASK_METRICS', 'find_metric', 'm
            'looks_like_code', 'metric_problems', 'check_metrics', 'metrics_for', 'log_odds', 'domain_terms',
            'domain_vocabulary']
 
-# %% ../nbs/64k_scoring.ipynb #53652401
+# %% ../nbs/64k_scoring.ipynb #d7372a3c
 import difflib
 import math
 import re
@@ -20,11 +20,11 @@ from .likelihood import BITS_PER_BYTE, CHOICE_ACCURACY, CHOICE_ACCURACY_NORM, PE
 from .metrics import (
     ACCURACY, BLEU, CHRF, DISTINCT_1, DISTINCT_1_ROW, DISTINCT_2, DISTINCT_2_ROW, EXACT_MATCH, LENGTH, LENGTH_RATIO,
     MACRO_F1, REPETITION, ROUGE_1, ROUGE_2, ROUGE_L, STOP_RATE, TOKEN_F1, USUAL_METRICS, Exchange, Metric, is_unspaced,
-    missing_needs, unicode_words)
+    needs_problem, unicode_words)
 from .profiles import TASKS
 from .settings import FinetuningError, markdown_table
 
-# %% ../nbs/64k_scoring.ipynb #12fcab35
+# %% ../nbs/64k_scoring.ipynb #eb4dcf6a
 METRICS = {metric.name: metric for metric in (  # all that need no options; a new metric is one more entry
     EXACT_MATCH, TOKEN_F1, ACCURACY, MACRO_F1, BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L,
     STOP_RATE, LENGTH, LENGTH_RATIO, REPETITION, DISTINCT_1, DISTINCT_2, DISTINCT_1_ROW, DISTINCT_2_ROW,
@@ -32,7 +32,8 @@ METRICS = {metric.name: metric for metric in (  # all that need no options; a ne
 )}
 OTHER_NAMES = {  # as people write it -> as the table has it
     "f1": "token_f1", "em": "exact_match", "acc": "accuracy", "rouge_1": "rouge1", "rouge_2": "rouge2",
-    "rouge_l": "rougel", "rouge": "rougel", "ppl": "perplexity", "bpb": "bits_per_byte", "acc_norm": "choice_accuracy_norm"}
+    "rouge_l": "rougel", "rouge": "rougel", "ppl": "perplexity", "bpb": "bits_per_byte",
+    "acc_norm": "choice_accuracy_norm"}
 
 
 def find_metric(
@@ -58,7 +59,7 @@ def metric_table(
             for each in (METRICS.values() if metrics is None else metrics)]
     return markdown_table(["metric", "what it says", "better", "rows need", "source"], rows)
 
-# %% ../nbs/64k_scoring.ipynb #b43bddeb
+# %% ../nbs/64k_scoring.ipynb #a9244ff3
 def share_of(
     texts: list[str],  # some texts
     has_property,  # text -> truth
@@ -75,8 +76,9 @@ def is_unspaced_text(
     return sum(map(is_unspaced, letters)) * 3 > len(letters)
 
 
-_CODE = re.compile(r"```|[{};]\s*$|^\s*(def|class|import|from|return|if|for|while|function|const|let|var|func|fn|public|"
-                   r"private|#include|SELECT|INSERT|UPDATE)\b.*[:;({'\"*]|\w+\([^)]*\)\s*[;{:]?\s*$|^\s*[\w.\[\]]+ ?[+*/-]?= ?\S", re.M)
+_CODE = re.compile(  # a fence; an end of a statement; a keyword and its mark; a call; an assignment
+    r"```|[{};]\s*$|^\s*(def|class|import|from|return|if|for|while|function|const|let|var|func|fn|public|private|"
+    r"#include|SELECT|INSERT|UPDATE)\b.*[:;({'\"*]|\w+\([^)]*\)\s*[;{:]?\s*$|^\s*[\w.\[\]]+ ?[+*/-]?= ?\S", re.M)
 
 
 def looks_like_code(
@@ -85,12 +87,12 @@ def looks_like_code(
     "Tell code from prose by its marks, roughly and without a parser"
     return bool(_CODE.search(text))
 
-# %% ../nbs/64k_scoring.ipynb #e79c0129
+# %% ../nbs/64k_scoring.ipynb #f29c0e30
 def _doubt_labels(references):  # accuracy, macro F1
     n_labels = len({text.strip().lower() for text in references})
     if len(references) >= 4 and 2 * n_labels > len(references):
-        return (f"counts right labels, and the {len(references)} references are {n_labels} different texts, so this is no "
-                "classification; take exact_match, token_f1 or chrf, or name the labels: accuracy(labels=...)")
+        return (f"counts right labels, and the {len(references)} references are {n_labels} different texts, so this is "
+                "no classification; take exact_match, token_f1 or chrf, or name the labels: accuracy(labels=...)")
 
 
 def _doubt_bleu(references):
@@ -110,8 +112,8 @@ def _doubt_rouge(references):
 
 def _doubt_code(references):
     if (share := share_of(references, looks_like_code)) < 0.5:
-        return (f"reads code, and {1 - share:.0%} of the references look like prose; take metrics_for(\"instruct\"), or "
-                "leave it out")
+        return (f"reads code, and {1 - share:.0%} of the references look like prose; take "
+                'metrics_for("instruct"), or leave it out')
 
 
 DOUBTS = {  # metric's name -> references -> what is wrong, a sentence without its subject; None: nothing
@@ -119,7 +121,7 @@ DOUBTS = {  # metric's name -> references -> what is wrong, a sentence without i
     "rouge1": _doubt_rouge, "rouge2": _doubt_rouge, "rougel": _doubt_rouge,
     **dict.fromkeys(("syntax_validity", "completion_exact", "edit_similarity", "pattern_consistency"), _doubt_code)}
 
-# %% ../nbs/64k_scoring.ipynb #ae304107
+# %% ../nbs/64k_scoring.ipynb #cafbb63c
 def metric_problems(
     metric: Metric,  # what is to be measured
     exchanges: list[Exchange],  # the rows; answers are not looked at
@@ -127,10 +129,8 @@ def metric_problems(
     "Say why a metric does not suit rows"
     if not exchanges:
         return [f"`{metric.name}` has nothing to measure: there are no rows; load some with `load_records`"]
-    if missing := missing_needs(metric, exchanges):
-        return [f"`{metric.name}` needs {' and '.join(f'`{need}`' for need in metric.needs)} in every row, and "
-                f"{len(missing)} of {len(exchanges)} rows lack it, the first is row {missing[0] + 1}; add it, or leave "
-                "the metric out"]
+    if problem := needs_problem(metric, exchanges):
+        return [problem]
     references = [each.reference for each in exchanges if each.reference is not None]
     if "reference" in metric.needs and (empty := [row for row, text in enumerate(references) if not text.strip()]):
         return [f"`{metric.name}` compares with the answer wanted, which is empty in {len(empty)} of {len(exchanges)} "
@@ -205,7 +205,7 @@ def domain_terms(
     kept = [(word, z) for word, z in ranked if z >= least_z and n_texts[word] > 1]
     return dict(kept[:n_terms])
 
-# %% ../nbs/64k_scoring.ipynb #fa989455
+# %% ../nbs/64k_scoring.ipynb #17ae9440
 def domain_vocabulary(
     terms: Iterable[str],  # a field's terms, as `domain_terms` finds them, or a list of your own
 ) -> Metric:  # share of the references' terms that the answers use
@@ -215,7 +215,7 @@ def domain_vocabulary(
         raise FinetuningError("`terms` is empty; find some with `domain_terms`, or lower its `least_z`")
 
     def count(exchanges):
-        rows = [(known & set(unicode_words(each.text)), known & set(unicode_words(each.reference))) for each in exchanges]
+        rows = [[known & set(unicode_words(text)) for text in (each.text, each.reference)] for each in exchanges]
         return np.array([[len(given & wanted), len(wanted)] for given, wanted in rows], float).reshape(-1, 2)
 
     return Metric("domain_vocabulary", f"the field's {len(known)} terms, used where references use them", count,

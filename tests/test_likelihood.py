@@ -4,7 +4,7 @@ import torch
 
 from finetuning_kit.evaluation import compare, evaluate
 from finetuning_kit.likelihood import (
-    BITS_PER_BYTE, CHOICE_ACCURACY, PERPLEXITY, Piece, choice_accuracy, choice_exchanges, encode_continuation,
+    BITS_PER_BYTE, CHOICE_ACCURACY, PERPLEXITY, Continuation, choice_accuracy, choice_exchanges, encode_continuation,
     likelihood_extras, measure_likelihoods, reference_piece, text_exchanges, text_pieces)
 from finetuning_kit.loading import load_records
 from finetuning_kit.metrics import EXACT_MATCH
@@ -91,14 +91,16 @@ def test_the_harness_agrees(pocket):
     ours = [nats for each in quiz for nats in each.extra["choice_nats"]]
     assert ours == pytest.approx([-nats for nats, _ in answers[:len(asked)]], abs=1e-3)
     pieces = [encode_continuation(tokenizer, *pair) for pair in probe]
-    assert [each.is_greedy for each in measure_likelihoods(model, pieces)] == [greedy for _, greedy in answers[len(asked):]]
-    [rolling] = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("The capital of Germany is Berlin.",), 0)])
-    [text] = text_exchanges(model, tokenizer, ["The capital of Germany is Berlin."])
+    greedy = [is_greedy for _, is_greedy in answers[len(asked):]]
+    assert [each.is_greedy for each in measure_likelihoods(model, pieces)] == greedy
+    fact = "The capital of Germany is Berlin."
+    [rolling] = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (fact,), 0)])
+    [text] = text_exchanges(model, tokenizer, [fact])
     assert text.extra["nats"] == pytest.approx(-rolling, abs=1e-3)
     assert float(CHOICE_ACCURACY.figure(CHOICE_ACCURACY.count(quiz).sum(0))) < 1  # the long choice costs too much
     assert float(choice_accuracy("byte").figure(choice_accuracy("byte").count(quiz).sum(0))) > 0
 
 
 def test_a_piece_is_read_where_it_begins():
-    piece = Piece([1, 2, 3], 2)
+    piece = Continuation([1, 2, 3], 2)
     assert piece.ids[piece.begin:] == [3]

@@ -144,8 +144,9 @@ def test_scoring_needs_no_package_to_be_listed():
     names = [metric.name for metric in METRICS.values()]
     assert len(set(names)) == len(names) == len(METRICS)
     assert all(metric.help and not metric.help.endswith(".") for metric in METRICS.values())
-    heavy = "import sys; import finetuning_kit.scoring; print(*({'sacrebleu', 'rouge_score', 'sklearn'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.strip() == ""
+    heavy = "import finetuning_kit.scoring, sys; print(*({'sacrebleu', 'rouge_score', 'sklearn'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_all_that_does_not_suit_is_said_at_once():
