@@ -322,7 +322,7 @@ def rouge(
 
 ROUGE_1, ROUGE_2, ROUGE_L = rouge("rouge1"), rouge("rouge2"), rouge("rougeL")
 
-# %% ../nbs/64a_metrics.ipynb #c29074e7
+# %% ../nbs/64a_metrics.ipynb #991c58ae
 def read_label(
     text: str,  # an answer, or a reference
     labels: tuple[str, ...] | None = None,  # all there are; None: the whole text is the label
@@ -351,8 +351,8 @@ def read_labels(
     read = [[read_label(text, labels, aliases) for text in (each.reference, each.text)] for each in exchanges]
     for row, (wanted, _) in enumerate(read):
         if wanted is None:
-            raise FinetuningError(f"the reference of row {row + 1}, {exchanges[row].reference[:60]!r}, must name one of "
-                                  f"the labels {', '.join(labels)}; add it to them or to `aliases`, or mend the row")
+            raise FinetuningError(f"the reference of row {row + 1}, {exchanges[row].reference[:60]!r}, must name one "
+                                  f"of the labels {', '.join(labels)}; add it to them or to `aliases`, or mend the row")
     return [tuple(pair) for pair in read]
 
 # %% ../nbs/64a_metrics.ipynb #9f099f61

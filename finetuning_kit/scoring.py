@@ -24,12 +24,12 @@ from .metrics import (
 from .profiles import TASKS
 from .settings import FinetuningError, markdown_table
 
-# %% ../nbs/64k_scoring.ipynb #eb4dcf6a
-METRICS = {metric.name: metric for metric in (  # all that need no options; a new metric is one more entry
+# %% ../nbs/64k_scoring.ipynb #8601af11
+_KNOWN = (  # all that need no options; a new metric is one more entry
     EXACT_MATCH, TOKEN_F1, ACCURACY, MACRO_F1, BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L,
     STOP_RATE, LENGTH, LENGTH_RATIO, REPETITION, DISTINCT_1, DISTINCT_2, DISTINCT_1_ROW, DISTINCT_2_ROW,
-    PERPLEXITY, BITS_PER_BYTE, CHOICE_ACCURACY, CHOICE_ACCURACY_NORM,
-)}
+    PERPLEXITY, BITS_PER_BYTE, CHOICE_ACCURACY, CHOICE_ACCURACY_NORM)
+METRICS = {metric.name: metric for metric in _KNOWN}
 OTHER_NAMES = {  # as people write it -> as the table has it
     "f1": "token_f1", "em": "exact_match", "acc": "accuracy", "rouge_1": "rouge1", "rouge_2": "rouge2",
     "rouge_l": "rougel", "rouge": "rougel", "ppl": "perplexity", "bpb": "bits_per_byte",

@@ -141,8 +141,6 @@ def test_a_missing_package_is_named(metric, module, monkeypatch):
 
 
 def test_scoring_needs_no_package_to_be_listed():
-    names = [metric.name for metric in METRICS.values()]
-    assert len(set(names)) == len(names) == len(METRICS)
     assert all(metric.help and not metric.help.endswith(".") for metric in METRICS.values())
     heavy = "import finetuning_kit.scoring, sys; print(*({'sacrebleu', 'rouge_score', 'sklearn'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
