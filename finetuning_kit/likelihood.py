@@ -132,15 +132,13 @@ BITS_PER_BYTE = Metric("bits_per_byte", "bits that the model needs for a byte of
                        lambda exchanges: count_extra(exchanges, "bytes_read", 1 / math.log(2)), better="lower",
                        needs=MEASURED, percent=False, source="nats / (ln 2 * UTF-8 bytes), as lm-evaluation-harness")
 
-# %% ../nbs/64b_likelihood.ipynb #e6ca7f9d
+# %% ../nbs/64b_likelihood.ipynb #c8b58f61
 def text_pieces(
     tokenizer,  # a fast tokenizer
     text: str,  # plain text, without template
     context: int = 1024,  # tokens in a window at most
 ) -> list[Continuation]:  # windows that overlap by half; together they measure every token once
     "Cut a text into what a model can read at once"
-    if not text.strip():
-        raise FinetuningError("the text is empty; leave it out")
     if context < 2:
         raise FinetuningError(f"`context` must be at least 2 tokens, got {context}; take the model's own")
     start = tokenizer.bos_token_id
@@ -163,7 +161,7 @@ def join_likelihoods(
     sums = (sum(getattr(part, name) for part in parts) for name in ("nats", "n_tokens", "n_bytes"))
     return Likelihood(*sums, all(part.is_greedy for part in parts))
 
-# %% ../nbs/64b_likelihood.ipynb #3529d16e
+# %% ../nbs/64b_likelihood.ipynb #a449328e
 def as_extra(
     likelihood: Likelihood,  # of one row
 ) -> dict:  # `nats`, `tokens_read`, `bytes_read`
@@ -183,6 +181,8 @@ def text_exchanges(
     longest = getattr(model.config, "max_position_embeddings", None) or 2048
     if context is not None and context > longest:
         raise FinetuningError(f"`context` must be at most {longest}, the model's own, got {context}")
+    if empty := [row for row, text in enumerate(texts) if not text.strip()]:
+        raise FinetuningError(f"`texts[{empty[0]}]` is empty; leave it out")
     pieces = [text_pieces(tokenizer, text, context or min(longest, 2048)) for text in texts]
     found = iter(measure_likelihoods(model, [piece for some in pieces for piece in some], batch_size, on_progress))
     likelihoods = [join_likelihoods([next(found) for _ in some]) for some in pieces]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import unicodedata
 import zlib
 from collections import Counter
@@ -21,8 +22,8 @@ from .asking import Answer, exact_match, normalise_answer
 from .settings import FinetuningError
 
 # %% auto #0
-__all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'BLEU', 'CHRF', 'UNSPACED',
-           'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
+__all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'TOKENIZERS', 'BLEU', 'CHRF',
+           'UNSPACED', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
            'DISTINCT_2', 'DISTINCT_1_ROW', 'DISTINCT_2_ROW', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
            'missing_needs', 'needs_problem', 'count_rows', 'optional_module', 'package_version', 'token_f1',
            'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words',
@@ -196,7 +197,7 @@ def chrf_of_counts(
         score = 100 * (1 + beta ** 2) * precision * recall / (beta ** 2 * precision + recall)
     return np.where(precision + recall > 0, score, 0.0)
 
-# %% ../nbs/64a_metrics.ipynb #b06414b3
+# %% ../nbs/64a_metrics.ipynb #0a0db9f1
 def _sacrebleu_counts(
     scorer,  # one of sacrebleu's metrics
     exchanges: list[Exchange],  # with their references
@@ -208,11 +209,17 @@ def _sacrebleu_counts(
     return np.array(rows, float).reshape(-1, n_counts)
 
 
+TOKENIZERS = ("13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab")  # of sacrebleu, those that download nothing
+
+
 def bleu(
-    tokenize: str = "13a",  # sacrebleu's tokenizer: "13a", "intl", "zh", "char", "ja-mecab", "flores101"
+    tokenize: str = "13a",  # one of `TOKENIZERS`; "13a" splits at spaces, "zh" splits Chinese, "char" every letter
     lowercase: bool = False,  # True: upper and lower case are the same
 ) -> Metric:  # 0 to 100
     "Measure BLEU over a whole set with sacrebleu"
+    if tokenize not in TOKENIZERS:
+        raise FinetuningError(f"`tokenize` must be one of {', '.join(TOKENIZERS)}, got {tokenize!r}; 13a is the usual one")
+
     def count(exchanges):
         metrics = optional_module("sacrebleu.metrics", "sacrebleu", "BLEU")
         return _sacrebleu_counts(metrics.BLEU(tokenize=tokenize, lowercase=lowercase, force=True), exchanges, 10)
@@ -302,12 +309,15 @@ def rouge_scores(
     check_pairs(answers, references)
     return dict(zip(("rouge1", "rouge2", "rougeL"), rouge_rows(answers, references).mean(0).tolist()))
 
-# %% ../nbs/64a_metrics.ipynb #8f740552
+# %% ../nbs/64a_metrics.ipynb #30e6976e
 def rouge(
     kind: str = "rougeL",  # "rouge1", "rouge2" and so on, "rougeL", "rougeLsum"
     tokenize: Callable[[str], list[str]] | None = None,  # such as `unicode_words`; None: rouge-score's, Latin only
 ) -> Metric:  # the mean of the rows' F-measures
     "Measure ROUGE with rouge-score"
+    if not re.fullmatch("rouge([1-9]|L|Lsum)", kind):
+        raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r}")
+
     def count(exchanges):
         answers, references = [each.text for each in exchanges], [each.reference for each in exchanges]
         values = rouge_rows(answers, references, (kind,), tokenize)
@@ -453,12 +463,14 @@ def distinct_of_counts(
     with np.errstate(divide="ignore", invalid="ignore"):
         return (counts[..., :-1] > 0).sum(-1) / counts[..., -1]
 
-# %% ../nbs/64a_metrics.ipynb #b868c2f6
+# %% ../nbs/64a_metrics.ipynb #c2b6e278
 def distinct(
     n: int = 1,  # words in a row
     within: Literal["set", "answer"] = "set",  # "set": all answers together, as published; "answer": the mean of each
 ) -> Metric:  # distinct n-grams for each word
     "Measure how varied answers are"
+    if n < 1:
+        raise FinetuningError(f"`n` must be at least 1, got {n}; 1 and 2 are what papers report")
     source, what = f"Li et al. 2016, distinct-{n}", "distinct words" if n == 1 else f"distinct runs of {n} words"
     if within == "set":
         return Metric(f"distinct_{n}", f"{what} of all answers, for each word",

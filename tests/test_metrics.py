@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ from finetuning_kit.settings import FinetuningError
 
 PIECES = ["the", "a", "cat", "Cat", "sat.", "on", ",", "mat!", "  ", "\n", "R2-D2", "naïve", "Straße", "東京", "は", "日本",
           "Привет", "мир", "नमस्ते", "ไทย", "🙂", "don't", "3.14", "&amp;", "<|im_end|>", "x" * 40]
+
+
+ALWAYS = (  # what has a figure for any rows
+    "exact_match token_f1 accuracy macro_f1 bleu chrf rouge1 rouge2 rougel stop_rate length length_ratio repetition "
+    "distinct_1 distinct_2 distinct_1_row distinct_2_row perplexity bits_per_byte choice_accuracy choice_accuracy_norm")
 
 
 def texts(n, most, seed):
@@ -120,9 +126,9 @@ def test_every_metric_takes_every_answer_and_gets_an_interval():
     references = [text or "yes" for text in texts(40, 9, 8)]
     extra = {"nats": 3.0, "tokens_read": 2, "bytes_read": 5, "choices": ["a", "b"], "choice_nats": [1.0, 2.0],
              "choice_tokens": [1, 1], "label": 0}
-    base, tuned = ([Exchange(each.prompt, each.reference, each.answer, (), extra | {"tests": "", "constraints": {}})
-                    for each in rows(answers, references)] for answers in (texts(40, 9, 9), references))
-    metrics = [metric for metric in METRICS.values() if set(metric.needs) <= {"reference", *extra}]
+    base, tuned = ([replace(each, extra=extra) for each in rows(answers, references)]
+                   for answers in (texts(40, 9, 9), references))
+    metrics = [METRICS[name] for name in ALWAYS.split()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         comparison = compare(Evaluation(base, tuple(metrics)), Evaluation(tuned, tuple(metrics)), n_resamples=50)
