@@ -152,7 +152,7 @@ def token_f1(
 
 _SQUAD = "Rajpurkar et al. 2016, section 6.1"
 EXACT_MATCH = row_metric("exact_match", "answers right to the letter",
-                         lambda each: exact_match(each.text, each.reference), source=_SQUAD + ", white space apart")
+                         lambda each: exact_match(each.text, each.reference), source="all letters, white space apart")
 TOKEN_F1 = row_metric("token_f1", "words in common with the answer wanted",
                       lambda each: token_f1(each.text, each.reference), source=_SQUAD)
 STOP_RATE = row_metric("stop_rate", "answers that the model ended itself", lambda each: float(each.answer.stopped),
@@ -218,7 +218,8 @@ def bleu(
 ) -> Metric:  # 0 to 100
     "Measure BLEU over a whole set with sacrebleu"
     if tokenize not in TOKENIZERS:
-        raise FinetuningError(f"`tokenize` must be one of {', '.join(TOKENIZERS)}, got {tokenize!r}; 13a is the usual one")
+        known = ", ".join(TOKENIZERS)
+        raise FinetuningError(f"`tokenize` must be one of {known}, got {tokenize!r}; 13a is the usual one")
 
     def count(exchanges):
         metrics = optional_module("sacrebleu.metrics", "sacrebleu", "BLEU")
