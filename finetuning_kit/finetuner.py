@@ -12,7 +12,7 @@ from pathlib import Path
 
 # %% ../nbs/76_finetuner.ipynb #df5abebb
 from .config import FineTuningConfig, LoRAConfig
-from .evaluation import rouge_scores
+from .metrics import rouge_scores
 from .asking import generate_answers
 from .loading import load_records
 from .machine import precision_of, resolve_config

@@ -5,17 +5,30 @@
 # %% ../nbs/64a_metrics.ipynb #d73e3dea
 from __future__ import annotations
 
+import importlib
+import re
+import unicodedata
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 
-from .asking import Answer, exact_match
+from .asking import Answer, exact_match, normalise_answer
 from .settings import FinetuningError
 
 # %% auto #0
-__all__ = ['Exchange', 'mean_of_counts', 'Metric', 'row_metric', 'missing_needs', 'count_rows']
+__all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'TOKENIZERS', 'BLEU', 'CHRF',
+           'UNSPACED', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
+           'DISTINCT_2', 'DISTINCT_1_ROW', 'DISTINCT_2_ROW', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
+           'missing_needs', 'needs_problem', 'count_rows', 'optional_module', 'package_version', 'token_f1',
+           'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words',
+           'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels', 'macro_f1_of_counts',
+           'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct', 'distinct_of_counts', 'distinct']
 
 # %% ../nbs/64a_metrics.ipynb #1501f497
 @dataclass(frozen=True)
@@ -51,13 +64,14 @@ class Metric:
     better: Literal["higher", "lower", "neither"] = "higher"  # which way is progress
     needs: tuple[str, ...] = ("reference",)  # what a row must have: "reference", or keys of `extra`
     percent: bool = True  # shown in per cent; False: as a plain number
+    source: str = ""  # who computes it, with version and settings, or the paper that defines it
 
 # %% ../nbs/64a_metrics.ipynb #b8ab4901
 def row_metric(
     name: str,  # as tables and JSON have it
     help: str,  # what it says, in a line
     score: Callable[[Exchange], float | None],  # one row's value; None: nothing to say about this row
-    **options,  # `better`, `needs`, `percent` of `Metric`
+    **options,  # `better`, `needs`, `percent`, `source` of `Metric`
 ) -> Metric:  # its figure is the mean of the rows that have a value
     "Make a metric from a score of single rows"
     def count(exchanges):
@@ -79,14 +93,399 @@ def missing_needs(
     return [row for row, exchange in enumerate(exchanges) if lacks(exchange)]
 
 
+def needs_problem(
+    metric: Metric,  # what is to be measured
+    exchanges: list[Exchange],  # with or without answers
+) -> str:  # a sentence; empty when every row has what the metric needs
+    "Say which rows lack what a metric needs"
+    missing, needs = missing_needs(metric, exchanges), " and ".join(f"`{need}`" for need in metric.needs)
+    return (f"`{metric.name}` needs {needs} in every row, and {len(missing)} of {len(exchanges)} rows lack it, the "
+            f"first is row {missing[0] + 1}; add it, or leave the metric out") if missing else ""
+
+
 def count_rows(
     metric: Metric,  # what is measured
     exchanges: list[Exchange],  # with their answers
 ) -> np.ndarray:  # [n_rows, n_counts]
     "Count in every row, and refuse rows that lack what the metric needs"
-    missing = missing_needs(metric, exchanges)
-    if missing:
-        raise FinetuningError(f"`{metric.name}` needs {' and '.join(f'`{need}`' for need in metric.needs)} in every row, "
-                              f"and {len(missing)} of {len(exchanges)} rows lack it, the first is row {missing[0] + 1}; "
-                              "add it, or leave the metric out")
+    if problem := needs_problem(metric, exchanges):
+        raise FinetuningError(problem)
     return metric.count(exchanges)
+
+# %% ../nbs/64a_metrics.ipynb #7050f823
+def optional_module(
+    name: str,  # as Python imports it, such as "sacrebleu.metrics"
+    package: str,  # as pip knows it, such as "sacrebleu"
+    purpose: str,  # what needs it, the beginning of the sentence when it is missing
+    extra: str = "eval",  # the extra of this package that brings it
+):  # the module
+    "Import a package that is not always installed, or say how to install it"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise FinetuningError(f"{purpose} needs the package {package}; "
+                              f"install it with: pip install 'finetuning_kit[{extra}]'") from error
+
+
+def package_version(
+    package: str,  # as pip knows it
+) -> str:  # its version, or "missing"
+    "Name the installed version of a package without importing it"
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+# %% ../nbs/64a_metrics.ipynb #74ead06c
+def token_f1(
+    answer: str,  # what the model wrote
+    reference: str,  # what it should have written
+) -> float:  # between 0 and 1
+    "Measure how many words answer and reference share, as SQuAD counts them"
+    answered = normalise_answer(answer, "squad").split()
+    expected = normalise_answer(reference, "squad").split()
+    if not answered or not expected:
+        return float(answered == expected)
+    n_common = sum((Counter(answered) & Counter(expected)).values())
+    return 2 * n_common / (len(answered) + len(expected))
+
+
+_SQUAD = "Rajpurkar et al. 2016, section 6.1"
+EXACT_MATCH = row_metric("exact_match", "answers right to the letter",
+                         lambda each: exact_match(each.text, each.reference), source="all letters, white space apart")
+TOKEN_F1 = row_metric("token_f1", "words in common with the answer wanted",
+                      lambda each: token_f1(each.text, each.reference), source=_SQUAD)
+STOP_RATE = row_metric("stop_rate", "answers that the model ended itself", lambda each: float(each.answer.stopped),
+                       needs=())
+USUAL_METRICS = (EXACT_MATCH, TOKEN_F1, STOP_RATE)  # what is measured where nobody asks for more
+
+# %% ../nbs/64a_metrics.ipynb #7794a6da
+def count_letters(
+    exchanges: list[Exchange],  # with their references
+) -> np.ndarray:  # [n_rows, 2]: letters given, letters wanted
+    "Count the letters of answers and references, without white space around them"
+    return np.array([[len(each.text.strip()), len(each.reference.strip())] for each in exchanges], float).reshape(-1, 2)
+
+
+LENGTH = row_metric("length", "tokens an answer has, the end mark counted", lambda each: float(each.answer.n_tokens),
+                    needs=(), better="neither", percent=False)
+LENGTH_RATIO = Metric("length_ratio", "letters given for each letter wanted", count_letters, better="neither",
+                      percent=False)
+
+# %% ../nbs/64a_metrics.ipynb #b5bacb39
+def bleu_of_counts(
+    counts: np.ndarray,  # [..., 10]: words given, words wanted; n-grams in common; n-grams given; n from 1 to 4
+) -> np.ndarray:  # [...], 0 to 100, as sacrebleu's corpus score
+    "Compute BLEU from summed counts"
+    given, wanted, common, total = counts[..., 0], counts[..., 1], counts[..., 2:6], counts[..., 6:10]
+    halvings = np.cumsum(common == 0, -1)  # smoothing "exp": the k-th length without a hit counts 1 / 2^k hits
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(common > 0, common, 0.5 ** halvings) / total
+        score = 100 * np.exp(np.minimum(0, 1 - wanted / given) + np.log(shares).mean(-1))
+    return np.where((common.sum(-1) > 0) & (total[..., 3] > 0), score, 0.0)
+
+
+def chrf_of_counts(
+    counts: np.ndarray,  # [..., 3 * n_orders]: n-grams given, wanted, in common, order by order
+    beta: float = 2.0,  # how many times as much recall counts
+) -> np.ndarray:  # [...], 0 to 100, as sacrebleu's corpus score
+    "Compute chrF from summed counts: precision and recall, each averaged over the orders that occur"
+    given, wanted, common = (counts[..., place::3] for place in range(3))
+    occurs = (given > 0) & (wanted > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = (np.where(occurs, common / each, 0).sum(-1) / occurs.sum(-1) for each in (given, wanted))
+        score = 100 * (1 + beta ** 2) * precision * recall / (beta ** 2 * precision + recall)
+    return np.where(precision + recall > 0, score, 0.0)
+
+# %% ../nbs/64a_metrics.ipynb #0a0db9f1
+def _sacrebleu_counts(
+    scorer,  # one of sacrebleu's metrics
+    exchanges: list[Exchange],  # with their references
+    n_counts: int,  # columns
+) -> np.ndarray:  # [n_rows, n_counts]
+    "Let sacrebleu count in every row"
+    texts, references = [each.text for each in exchanges], [each.reference for each in exchanges]
+    rows = scorer._extract_corpus_statistics(texts, [references]) if exchanges else []
+    return np.array(rows, float).reshape(-1, n_counts)
+
+
+TOKENIZERS = ("13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab")  # of sacrebleu, those that download nothing
+
+
+def bleu(
+    tokenize: str = "13a",  # one of `TOKENIZERS`; "13a" splits at spaces, "zh" splits Chinese, "char" every letter
+    lowercase: bool = False,  # True: upper and lower case are the same
+) -> Metric:  # 0 to 100
+    "Measure BLEU over a whole set with sacrebleu"
+    if tokenize not in TOKENIZERS:
+        known = ", ".join(TOKENIZERS)
+        raise FinetuningError(f"`tokenize` must be one of {known}, got {tokenize!r}; 13a is the usual one")
+
+    def count(exchanges):
+        metrics = optional_module("sacrebleu.metrics", "sacrebleu", "BLEU")
+        return _sacrebleu_counts(metrics.BLEU(tokenize=tokenize, lowercase=lowercase, force=True), exchanges, 10)
+
+    name = "bleu" + f"_{tokenize}" * (tokenize != "13a") + "_lowercase" * lowercase
+    settings = f"nrefs:1|case:{'lc' if lowercase else 'mixed'}|eff:no|tok:{tokenize}|smooth:exp"
+    return Metric(name, "phrases of one to four words in common, 0 to 100", count, bleu_of_counts, percent=False,
+                  source=f"sacrebleu {settings}|version:{package_version('sacrebleu')}")
+
+
+BLEU = bleu()
+
+# %% ../nbs/64a_metrics.ipynb #c8cc7cb7
+def chrf(
+    word_order: int = 0,  # longest run of words that counts too; 2 gives chrF++
+    lowercase: bool = False,  # True: upper and lower case are the same
+) -> Metric:  # 0 to 100
+    "Measure chrF over a whole set with sacrebleu"
+    def count(exchanges):
+        metrics = optional_module("sacrebleu.metrics", "sacrebleu", "chrF")
+        return _sacrebleu_counts(metrics.CHRF(word_order=word_order, lowercase=lowercase), exchanges,
+                                 3 * (6 + word_order))
+
+    name = {0: "chrf", 2: "chrf++"}.get(word_order, f"chrf_words_{word_order}") + "_lowercase" * lowercase
+    settings = f"nrefs:1|case:{'lc' if lowercase else 'mixed'}|eff:yes|nc:6|nw:{word_order}|space:no"
+    return Metric(name, "letters in common, one to six in a row, 0 to 100", count, chrf_of_counts, percent=False,
+                  source=f"sacrebleu {settings}|version:{package_version('sacrebleu')}")
+
+
+CHRF = chrf()
+
+# %% ../nbs/64a_metrics.ipynb #cfe9d7ae
+UNSPACED = (  # scripts that put no spaces between words, by their code points
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF), (0x20000, 0x3FFFF))  # Thai, Lao; Burmese; Khmer; Japanese syllables; Chinese characters
+
+
+def is_unspaced(
+    letter: str,  # one character
+) -> bool:  # True for Chinese, Japanese, Thai, Lao, Khmer, Burmese
+    "Tell whether a letter belongs to a script that writes without spaces"
+    return letter > "\u0dff" and any(low <= ord(letter) <= high for low, high in UNSPACED)
+
+
+def unicode_words(
+    text: str,  # in any script
+) -> list[str]:  # lower case
+    "Split a text into words; scripts without spaces are split into single letters"
+    def shown(letter):
+        if is_unspaced(letter):
+            return f" {letter} "
+        return letter if unicodedata.category(letter)[0] in "LMN" else " "  # letters, their marks, numbers
+
+    return "".join(map(shown, unicodedata.normalize("NFC", text).lower())).split()
+
+# %% ../nbs/64a_metrics.ipynb #c0ca24f1
+def check_pairs(
+    answers: list,  # one list
+    references: list,  # and its partner
+) -> None:  # raises for what cannot be compared
+    "Refuse lists that cannot be compared row by row"
+    if len(answers) != len(references):
+        raise FinetuningError(f"the lists must have the same length, got {len(answers)} and {len(references)} rows; "
+                              "row for row, both must belong to the same question")
+    if not len(answers):
+        raise FinetuningError("there is nothing to score: both lists are empty; pass at least one row")
+
+
+def rouge_rows(
+    answers: list[str],  # what the model wrote
+    references: list[str],  # what it should have written, in the same order
+    kinds: tuple[str, ...] = ("rouge1", "rouge2", "rougeL"),  # rouge-score's names
+    tokenize: Callable[[str], list[str]] | None = None,  # text -> words; None: rouge-score's own, a to z and digits
+) -> np.ndarray:  # [n_rows, n_kinds]: F-measures, 0 to 1
+    "Measure ROUGE in every row with rouge-score"
+    module = optional_module("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
+    scorer = module.RougeScorer(list(kinds), tokenizer=tokenize and SimpleNamespace(tokenize=tokenize))
+    rows = [scorer.score(reference, answer) for answer, reference in zip(answers, references)]
+    return np.array([[row[kind].fmeasure for kind in kinds] for row in rows]).reshape(-1, len(kinds))
+
+
+def rouge_scores(
+    answers: list[str],  # what the model wrote
+    references: list[str],  # what it should have written, in the same order
+) -> dict[str, float]:  # mean F-measure of rouge1, rouge2 and rougeL, between 0 and 1
+    "Average ROUGE-1, ROUGE-2 and ROUGE-L over answers and their references"
+    check_pairs(answers, references)
+    return dict(zip(("rouge1", "rouge2", "rougeL"), rouge_rows(answers, references).mean(0).tolist()))
+
+# %% ../nbs/64a_metrics.ipynb #30e6976e
+def rouge(
+    kind: str = "rougeL",  # "rouge1", "rouge2" and so on, "rougeL", "rougeLsum"
+    tokenize: Callable[[str], list[str]] | None = None,  # such as `unicode_words`; None: rouge-score's, Latin only
+) -> Metric:  # the mean of the rows' F-measures
+    "Measure ROUGE with rouge-score"
+    if not re.fullmatch("rouge([1-9]|L|Lsum)", kind):
+        raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r}")
+
+    def count(exchanges):
+        answers, references = [each.text for each in exchanges], [each.reference for each in exchanges]
+        values = rouge_rows(answers, references, (kind,), tokenize)
+        return np.hstack([values, np.ones_like(values)])
+
+    what = {"1": "single words", "2": "word pairs", "L": "words in the same order"}.get(kind[5:], "phrases")
+    words = getattr(tokenize, "__name__", "words") if tokenize else ""
+    settings = f"{kind}|stem:no|tok:{words or 'default'}"
+    return Metric(kind.lower() + f"_{words}" * bool(words), f"{what} in common, F-measure of each answer", count,
+                  source=f"rouge-score {settings}|version:{package_version('rouge-score')}")
+
+
+ROUGE_1, ROUGE_2, ROUGE_L = rouge("rouge1"), rouge("rouge2"), rouge("rougeL")
+
+# %% ../nbs/64a_metrics.ipynb #991c58ae
+def read_label(
+    text: str,  # an answer, or a reference
+    labels: tuple[str, ...] | None = None,  # all there are; None: the whole text is the label
+    aliases: dict[str, str] | None = None,  # other spellings -> label, such as {"pos": "positive"}
+) -> str | None:  # the label, normalised; None: no label of the list, or more than one
+    "Read the label of a classification answer, whatever its case and punctuation"
+    words = normalise_answer(text, "squad")
+    pairs = [*(aliases or {}).items(), *((label, label) for label in labels or ())]
+    known = {normalise_answer(each, "squad"): normalise_answer(label, "squad") for each, label in pairs}
+    if labels is None:
+        return known.get(words, words)
+    found, words = set(), f" {words} "
+    for spelling in sorted(known, key=len, reverse=True):  # "very good" before "good"
+        if f" {spelling} " in words:
+            found.add(known[spelling])
+            words = words.replace(f" {spelling} ", "  ")
+    return found.pop() if len(found) == 1 else None
+
+
+def read_labels(
+    exchanges: list[Exchange],  # with their references
+    labels: tuple[str, ...] | None = None,  # as in `read_label`
+    aliases: dict[str, str] | None = None,  # as in `read_label`
+) -> list[tuple[str, str | None]]:  # label wanted, label given
+    "Read the labels of references and answers; a reference must have one"
+    read = [[read_label(text, labels, aliases) for text in (each.reference, each.text)] for each in exchanges]
+    for row, (wanted, _) in enumerate(read):
+        if wanted is None:
+            raise FinetuningError(f"the reference of row {row + 1}, {exchanges[row].reference[:60]!r}, must name one "
+                                  f"of the labels {', '.join(labels)}; add it to them or to `aliases`, or mend the row")
+    return [tuple(pair) for pair in read]
+
+# %% ../nbs/64a_metrics.ipynb #9f099f61
+def macro_f1_of_counts(
+    counts: np.ndarray,  # [..., 3 * n_classes]: right, wanted, given, class by class
+) -> np.ndarray:  # [...], between 0 and 1
+    "Compute every class's F1, and average those of the classes that occur"
+    right, wanted, given = (counts[..., place::3] for place in range(3))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = np.where(wanted + given > 0, 2 * right / (wanted + given), 0)
+        return scores.sum(-1) / (wanted + given > 0).sum(-1)
+
+
+def accuracy(
+    labels: tuple[str, ...] | None = None,  # all there are, found within sentences; None: the whole answer is the label
+    aliases: dict[str, str] | None = None,  # other spellings -> label
+) -> Metric:  # share of right labels
+    "Measure how often the label is the one wanted"
+    def count(exchanges):
+        return np.array([[given == wanted, 1] for wanted, given in read_labels(exchanges, labels, aliases)],
+                        float).reshape(-1, 2)
+
+    return Metric("label_accuracy" if labels else "accuracy", "answers with the label wanted, whatever its case", count)
+
+# %% ../nbs/64a_metrics.ipynb #0693832e
+def macro_f1(
+    labels: tuple[str, ...] | None = None,  # as for `accuracy`
+    aliases: dict[str, str] | None = None,  # other spellings -> label
+) -> Metric:  # the mean of the classes' F1
+    "Measure F1 class by class, each class with the same weight; the classes are those of the references"
+    def count(exchanges):
+        pairs = read_labels(exchanges, labels, aliases)
+        places = {label: place for place, label in enumerate(sorted({wanted for wanted, _ in pairs}))}
+        counts = np.zeros((len(pairs), len(places), 3))
+        for row, (wanted, given) in enumerate(pairs):
+            counts[row, places[wanted], 1] = 1
+            if given in places:
+                counts[row, places[given], 2] = 1
+                counts[row, places[given], 0] = given == wanted
+        return counts.reshape(len(pairs), -1)
+
+    name = "label_macro_f1" if labels else "macro_f1"
+    return Metric(name, "F1 of each label, averaged over the labels", count, macro_f1_of_counts,
+                  source="scikit-learn f1_score(average='macro', labels=those of the references)")
+
+
+ACCURACY, MACRO_F1 = accuracy(), macro_f1()
+
+# %% ../nbs/64a_metrics.ipynb #4ca1d365
+def ngrams(
+    words: list[str],  # of one text, in order
+    n: int,  # words in a row
+) -> list[tuple[str, ...]]:  # empty where there are fewer words
+    "List every run of n words"
+    return list(zip(*(words[start:] for start in range(n))))
+
+
+def repeated_share(
+    words: list[str],  # of one text, in order
+    n: int = 4,  # words in a row
+) -> float:  # between 0 and 1; 0 for a text too short to repeat itself
+    "Measure the share of a text's n-grams that stood there before"
+    runs = ngrams(words, n)
+    return (len(runs) - len(set(runs))) / len(runs) if runs else 0.0
+
+
+REPETITION = row_metric("repetition", "runs of four words that stood there before",
+                        lambda each: repeated_share(unicode_words(each.text)), better="lower", needs=(),
+                        source="Welleck et al. 2019 (arXiv 1908.04319), seq-rep-4, over words")
+
+# %% ../nbs/64a_metrics.ipynb #481f3178
+N_COLUMNS = 8192  # n-grams counted at most; where more exist, half or a quarter of them stand for all
+
+
+def count_distinct(
+    exchanges: list[Exchange],  # with their answers
+    n: int,  # words in a row
+) -> np.ndarray:  # [n_rows, n_ngrams + 1]: 1 where the answer has the n-gram; the last column: its words
+    "Note which n-grams each answer has"
+    texts = [unicode_words(each.text) for each in exchanges]
+    runs = [{" ".join(run) for run in ngrams(words, n)} for words in texts]
+    kept, part = sorted(set().union(*runs)), 1
+    while len(kept) > N_COLUMNS:
+        part *= 2
+        kept = [run for run in kept if zlib.crc32(run.encode()) % part == 0]
+    places = {run: place for place, run in enumerate(kept)}
+    counts = np.zeros((len(texts), len(places) + 1))
+    for row, found in enumerate(runs):
+        counts[row, [places[run] for run in found if run in places]] = 1
+        counts[row, -1] = len(texts[row]) / part
+    return counts
+
+
+def distinct_of_counts(
+    counts: np.ndarray,  # [..., n_ngrams + 1], as `count_distinct` makes them
+) -> np.ndarray:  # [...]; no number where there are no words
+    "Divide the n-grams that occur by the number of words"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (counts[..., :-1] > 0).sum(-1) / counts[..., -1]
+
+# %% ../nbs/64a_metrics.ipynb #c2b6e278
+def distinct(
+    n: int = 1,  # words in a row
+    within: Literal["set", "answer"] = "set",  # "set": all answers together, as published; "answer": the mean of each
+) -> Metric:  # distinct n-grams for each word
+    "Measure how varied answers are"
+    if n < 1:
+        raise FinetuningError(f"`n` must be at least 1, got {n}; 1 and 2 are what papers report")
+    source, what = f"Li et al. 2016, distinct-{n}", "distinct words" if n == 1 else f"distinct runs of {n} words"
+    if within == "set":
+        return Metric(f"distinct_{n}", f"{what} of all answers, for each word",
+                      lambda exchanges: count_distinct(exchanges, n), distinct_of_counts, needs=(), source=source)
+    if within != "answer":
+        raise FinetuningError(f"`within` must be set or answer, got {within!r}; set is what papers report")
+
+    def variety(exchange):
+        words = unicode_words(exchange.text)
+        return len(set(ngrams(words, n))) / len(words) if words else None
+
+    return row_metric(f"distinct_{n}_row", f"{what} within an answer, for each word", variety, needs=(),
+                      source=source + ", within each answer")
+
+
+DISTINCT_1, DISTINCT_2 = distinct(1), distinct(2)
+DISTINCT_1_ROW, DISTINCT_2_ROW = distinct(1, "answer"), distinct(2, "answer")

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% ../nbs/82_pocket.ipynb #d08d6f34
-from .evaluation import completion_accuracy, evaluate
+from .evaluation import evaluate
+from .likelihood import completion_accuracy
 from .loading import load_records
 from .machine import cpu_has_bf16
 from .models import load_model, load_tokenizer, quiet_libraries

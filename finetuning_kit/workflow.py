@@ -19,7 +19,8 @@ from pathlib import Path
 from .checkpoints import find_checkpoint, find_start, run_fingerprint, warm_weights
 from .cockpit import free_folder
 from .config import FineTuningConfig, cautions
-from .evaluation import Comparison, Evaluation, compare, completion_accuracy, evaluate
+from .evaluation import Comparison, Evaluation, compare, evaluate
+from .likelihood import completion_accuracy
 from .ledger import reject_line
 from .machine import probe_machine, resolve_config
 from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
