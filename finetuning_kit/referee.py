@@ -52,7 +52,7 @@ def set_limits(
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
-# %% ../nbs/64fa_referee.ipynb #1bd7cc62
+# %% ../nbs/64fa_referee.ipynb #7a4d4fcc
 FORBIDDEN_CALLS = {  # number on x86-64, on 64-bit ARM; -1: that machine has none
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "io_uring_setup": (425, 425),
     "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281), "unshare": (272, 97),
@@ -68,7 +68,7 @@ FORBIDDEN_CALLS = {  # number on x86-64, on 64-bit ARM; -1: that machine has non
     "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
     "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
     "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "fcntl_setlease": (-1, -1)}
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)}
 OWN_ONLY_CALLS = {"kill": (62, 129), "tgkill": (234, 131)}  # allowed with this process's own number
 SELF_OR_NOBODY_CALLS = {"prlimit64": (302, 261)}  # allowed with 0, which means oneself
 MACHINES = {"x86_64": (0, 0xC000003E, 126), "aarch64": (1, 0xC00000B7, 91)}  # column above, AUDIT_ARCH, capset's number
@@ -379,7 +379,7 @@ def refill(
     held.clear()
     held.extend(state) if isinstance(held, list) else held.update(state)
 
-# %% ../nbs/64fa_referee.ipynb #765d936a
+# %% ../nbs/64fa_referee.ipynb #362f9c93
 def describe_names(
     namespace: dict,  # what the answer's code defined
     keep,  # gives an object its number
@@ -394,7 +394,7 @@ def describe_names(
         elif isinstance(value, type) and issubclass(value, Exception) and value.__module__ == "answer":
             base = next(each for each in value.__mro__ if each.__module__ == "builtins")
             told[name] = ["error", base.__name__]
-        elif getattr(value, "__module__", "answer") in ("answer", None):
+        else:
             told[name] = ["value", pack(value, keep)]
     return told
 
