@@ -116,7 +116,7 @@ def _tree_problem(
         nodes += [child for child in reversed(node.children) if child.has_error or child.is_missing]
     return ""
 
-# %% ../nbs/64f_code_metrics.ipynb #27695577
+# %% ../nbs/64f_code_metrics.ipynb #efa2e014
 def _python_problem(code: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -135,8 +135,11 @@ def _yaml_problem(code: str) -> str:
 def _toml_problem(code: str) -> str:
     try:
         from tomllib import loads
-    except ImportError:
-        from tomli import loads
+    except ImportError:  # Python 3.10
+        try:
+            from tomli import loads
+        except ImportError as error:
+            raise FinetuningError("reading TOML needs Python 3.11 or newer, or the package tomli") from error
     loads(code)
     return ""
 

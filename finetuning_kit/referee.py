@@ -8,7 +8,7 @@ __all__ = ['FORBIDDEN_CALLS', 'OWN_ONLY_CALLS', 'SELF_OR_NOBODY_CALLS', 'MACHINE
            'missing_walls', 'pack', 'unpack', 'Remote', 'Line', 'Peer', 'refill', 'describe_names', 'bind_names',
            'play', 'blame', 'run_one_test', 'start_player', 'referee_tests', 'referee_main']
 
-# %% ../nbs/64fa_referee.ipynb #60c0ef40
+# %% ../nbs/64fa_referee.ipynb #1eecef30
 import builtins
 import ctypes
 import importlib
@@ -19,7 +19,7 @@ import platform
 import struct
 import sys
 from collections import deque, namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FunctionType, ModuleType, SimpleNamespace
 
 # %% ../nbs/64fa_referee.ipynb #10119276
@@ -421,7 +421,7 @@ def bind_names(
             bound[name] = unpack(held, peer.fetch)
     return bound
 
-# %% ../nbs/64fa_referee.ipynb #e0b02efd
+# %% ../nbs/64fa_referee.ipynb #ec76a556
 def play(
     reader,  # binary stream: what the referee asks
     writer,  # binary stream: what it is told
@@ -448,7 +448,7 @@ def blame(
     import traceback
 
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>"]
-    text, rows = f"{type(error).__name__}: {error}".rstrip(": "), tests.splitlines()
+    text, rows = f"{type(error).__name__}: {str(error)[:500]}".rstrip(": "), tests.splitlines()
     return f"{text} in `{rows[lines[-1] - 1].strip()}`" if lines and lines[-1] <= len(rows) else text
 
 
@@ -467,7 +467,7 @@ def run_one_test(
         return blame(error, test)
     return ""
 
-# %% ../nbs/64fa_referee.ipynb #e2380860
+# %% ../nbs/64fa_referee.ipynb #9ff46b05
 def start_player(
     limits: CodeLimits,  # what is allowed
     folder: str,  # where the code works
@@ -521,6 +521,7 @@ def referee_main(
     libc.prctl(1, 9, 0, 0, 0)  # killed when the caller ends
     reader, writer = start_player(limits, start["folder"], start["paths"])
     libc.prctl(4, 0, 0, 0, 0)  # nobody may look into this process
+    set_limits(replace(limits, memory_mib=2 * limits.memory_mib))  # a small value can unfold to a large one
     job = json.loads(sys.stdin.buffer.read())
     verdict = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # what tests print is nobody's verdict
