@@ -6,7 +6,7 @@
 __all__ = ['LOCAL_LOADERS', 'import_harness', 'quiet_harness', 'write_task', 'fetched_by', 'find_tasks', 'harness_exchanges',
            'figure_name', 'HarnessScore', 'HarnessRun', 'harness_metric', 'run_harness']
 
-# %% ../nbs/65f_harness.ipynb #0fe7f89a
+# %% ../nbs/65f_harness.ipynb #8cfccb85
 import contextlib
 import io
 import json
@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from .metrics import Exchange, Metric, row_metric
 from .models import quiet_libraries
 from .settings import FinetuningError, markdown_table
 
-# %% ../nbs/65f_harness.ipynb #98a81100
+# %% ../nbs/65f_harness.ipynb #53a66553
 def import_harness():  # the module `lm_eval`
     "Load the harness, or say how to get it"
     try:
@@ -47,8 +48,9 @@ def quiet_harness():  # use as `with quiet_harness():`
     levels, states = [logger.level for logger in loggers], (random.getstate(), np.random.get_state())
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None)  # it starts git, which complains on the screen
     try:
-        with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng():
+        with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(), no_git:
             yield
     finally:
         random.setstate(states[0])
