@@ -6,7 +6,7 @@
 __all__ = ['check_permission', 'CodeTests', 'helpers_in', 'read_tests', 'CodeResult', 'folder_size', 'run_tests',
            'program_to_test', 'unbiased_pass_at_k', 'pass_at_k', 'tests_passed', 'sample_answers', 'with_more_answers']
 
-# %% ../nbs/64g_code_tests.ipynb #7e239b87
+# %% ../nbs/64g_code_tests.ipynb #0e2fc30d
 import ast
 import json
 import math
@@ -14,28 +14,27 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-# %% ../nbs/64g_code_tests.ipynb #8d975eab
+# %% ../nbs/64g_code_tests.ipynb #9da19942
 import numpy as np
 import torch
 
-from . import referee
 from .asking import Answer, batches_by_length, pad_left, plain_greedy, read_answer
 from .code_metrics import find_code, program_of
 from .metrics import Exchange, Metric, row_metric
 from .models import quiet_libraries
-from .referee import CodeLimits, missing_walls
+from .referee import referee_command
 from .settings import FinetuningError
+from .walls import CodeLimits, missing_walls
 
-# %% ../nbs/64g_code_tests.ipynb #67731cf6
+# %% ../nbs/64g_code_tests.ipynb #2fc87abc
 def check_permission(
     allowed: bool,  # `allow_running_code`
     limits: CodeLimits,  # what the code would be allowed
@@ -48,10 +47,10 @@ def check_permission(
             "fault in the kernel could still let it out; pass `allow_running_code=True` if that is acceptable here")
     missing = missing_walls()
     if missing and (limits.file_wall or "Landlock" not in missing[0]):
-        raise FinetuningError(f"a model's code is not run here: {missing[0]}; use a machine with Linux 5.13 or newer, or "
-                              "a container that holds nothing else (and `CodeLimits(file_wall=False)` in it)")
+        raise FinetuningError(f"a model's code is not run here: {missing[0]}; use a machine with Linux 5.13 or newer, "
+                              "or a container that holds nothing else (and `CodeLimits(file_wall=False)` in it)")
 
-# %% ../nbs/64g_code_tests.ipynb #8a1ed820
+# %% ../nbs/64g_code_tests.ipynb #40ad7e36
 @dataclass(frozen=True)
 class CodeTests:
     "A row's tests, and what they need"
@@ -91,14 +90,10 @@ def read_tests(
         try:
             ast.parse(part)
         except SyntaxError as error:
-            raise FinetuningError(f"a row's tests must be Python, and `{part.strip()[:60]}` isn't: {error.msg}") from error
+            raise FinetuningError(f"a row's tests must be Python, `{part.strip()[:60]}` isn't: {error.msg}") from error
     return CodeTests(tuple(tests), "\n".join(part for part in parts if part), row.get("entry_point"))
 
-# %% ../nbs/64g_code_tests.ipynb #26fe3203
-_START = ("import importlib.util as u, sys; s = u.spec_from_file_location('referee', sys.argv.pop(1)); "
-          "m = u.module_from_spec(s); sys.modules['referee'] = m; s.loader.exec_module(m); m.referee_main(sys.argv[1:])")
-
-
+# %% ../nbs/64g_code_tests.ipynb #b1b9e74d
 @dataclass(frozen=True)
 class CodeResult:
     "What came of running one answer against its tests"
@@ -133,7 +128,7 @@ def folder_size(
             total += 4096
     return total
 
-# %% ../nbs/64g_code_tests.ipynb #cf4bc30c
+# %% ../nbs/64g_code_tests.ipynb #fadefcf8
 def _await_verdict(
     process: subprocess.Popen,  # the referee
     job: bytes,  # what it is to judge
@@ -154,6 +149,15 @@ def _await_verdict(
             return b"", f"it took longer than {limits.time_s:g} s"
 
 
+def _end_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.stdout.close()
+    process.wait()
+
+# %% ../nbs/64g_code_tests.ipynb #9c3b53b5
 def run_tests(
     code: str,  # Python, as a model wrote it
     tests: CodeTests,  # as `read_tests` gives them
@@ -166,10 +170,8 @@ def run_tests(
     nonce, start = secrets.token_hex(16), time.monotonic()
     job = {"code": code, "tests": tests.tests, "setup": tests.setup, "entry_point": tests.entry_point, "nonce": nonce}
     folder = tempfile.mkdtemp(prefix="answer_")
-    how = json.dumps({"limits": asdict(limits), "folder": folder, "paths": paths})
-    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _START, referee.__file__, how], cwd=folder, env={},
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = subprocess.Popen(referee_command(limits, folder, paths), cwd=folder, env={}, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         said, stopped = _await_verdict(process, json.dumps(job).encode(), folder, limits)
     finally:
@@ -183,16 +185,7 @@ def run_tests(
     errors = verdict["errors"] if genuine else [stopped or "it ended without a verdict"] * len(tests.tests)
     return CodeResult(tuple(errors), time.monotonic() - start)
 
-
-def _end_group(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.stdout.close()
-    process.wait()
-
-# %% ../nbs/64g_code_tests.ipynb #9be21684
+# %% ../nbs/64g_code_tests.ipynb #8a9c6782
 def program_to_test(
     exchange: Exchange,  # question and answer
     tests: CodeTests,  # the row's
@@ -218,8 +211,8 @@ def _results(exchange: Exchange, limits: CodeLimits, judge=_judge) -> list[CodeR
     tests = read_tests(exchange.extra, exchange.prompt)
     answers = [exchange.answer, *exchange.extra.get("more_answers", ())]
     none = CodeResult(("there is no code",) * len(tests.tests), 0.0)
-    return [judge(program_to_test(replace(exchange, answer=answer), tests), tests, limits) if answer.text.strip() else none
-            for answer in answers]
+    programs = [program_to_test(replace(exchange, answer=each), tests) if each.text.strip() else "" for each in answers]
+    return [judge(program, tests, limits) if program else none for program in programs]
 
 # %% ../nbs/64g_code_tests.ipynb #3c329090
 def unbiased_pass_at_k(
@@ -233,14 +226,14 @@ def unbiased_pass_at_k(
                               f"{n_right} right; draw at least {k} answers a question")
     return 1 - math.comb(n - n_right, k) / math.comb(n, k)
 
-# %% ../nbs/64g_code_tests.ipynb #5ca2a38f
+# %% ../nbs/64g_code_tests.ipynb #eab462a9
 def _check_k(exchanges: list[Exchange], k: int) -> None:
     for row, exchange in enumerate(exchanges):
         read_tests(exchange.extra, exchange.prompt)
         n = 1 + len(exchange.extra.get("more_answers", ()))
         if n < k and exchange.text:
-            raise FinetuningError(f"pass@{k} needs at least {k} answers a question, and row {row + 1} has {n}; draw more "
-                                  f"with `sample_answers(..., n={k})`")
+            raise FinetuningError(f"pass@{k} needs at least {k} answers a question, and row {row + 1} has {n}; draw "
+                                  f"more with `sample_answers(..., n={k})`")
 
 
 def pass_at_k(
@@ -256,15 +249,16 @@ def pass_at_k(
 
     def value(exchange):
         results = _results(exchange, limits)
-        return unbiased_pass_at_k(len(results), sum(result.passed for result in results), k) if len(results) >= k else 0.0
+        n_right = sum(result.passed for result in results)
+        return unbiased_pass_at_k(len(results), n_right, k) if len(results) >= k else 0.0
 
     def count(exchanges):
         _check_k(exchanges, k)
         with ThreadPoolExecutor(n_at_once) as pool:
             return np.array([[each, 1.0] for each in pool.map(value, exchanges)]).reshape(-1, 2)
 
-    return Metric(f"pass@{k}", f"questions that one of {k} answers solves" if k > 1 else "answers that pass their tests",
-                  count, needs=())
+    help = f"questions that one of {k} answers solves" if k > 1 else "answers that pass their tests"
+    return Metric(f"pass@{k}", help, count, needs=())
 
 
 def tests_passed(
@@ -280,7 +274,7 @@ def tests_passed(
 
     return row_metric("tests_passed", "tests that the first answer passes", share, needs=())
 
-# %% ../nbs/64g_code_tests.ipynb #37833db0
+# %% ../nbs/64g_code_tests.ipynb #8b15b9b4
 def sample_answers(
     model,  # a causal language model, with or without adapters
     tokenizer,  # its tokenizer
@@ -294,8 +288,9 @@ def sample_answers(
 ) -> list[list[Answer]]:  # n answers a prompt, in the order of the prompts
     "Draw several answers to every prompt"
     if n < 1 or temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or batch_size < 1:
-        raise FinetuningError(f"`n`, `max_new_tokens` and `batch_size` must be at least 1, `temperature` at least 0, and "
-                              f"`top_p` above 0 and at most 1, got {n}, {max_new_tokens}, {batch_size}, {temperature}, {top_p}")
+        raise FinetuningError(f"`n`, `max_new_tokens` and `batch_size` must be at least 1, got {n}, {max_new_tokens} "
+                              f"and {batch_size}; `temperature` at least 0, got {temperature}; `top_p` above 0 and at "
+                              f"most 1, got {top_p}")
     repeated = [prompt for prompt in prompts for _ in range(n)]
     answers: list = [None] * len(repeated)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -311,13 +306,14 @@ def sample_answers(
                 answers[row] = read_answer(tokenizer, new_ids, settings.eos_token_id)
     return [answers[start:start + n] for start in range(0, len(answers), n)]
 
-# %% ../nbs/64g_code_tests.ipynb #bb9af3d4
+# %% ../nbs/64g_code_tests.ipynb #78ec77fc
 def with_more_answers(
     exchanges: list[Exchange],  # questions, in any state
     drawn: list[list[Answer]],  # as `sample_answers` gives them
 ) -> list[Exchange]:  # the first answer as the answer, the others in `more_answers`
     "Put several answers beside each question"
     if len(exchanges) != len(drawn):
-        raise FinetuningError(f"`exchanges` and `drawn` must be of the same questions, got {len(exchanges)} and {len(drawn)}")
+        raise FinetuningError("`exchanges` and `drawn` must be of the same questions, got "
+                              f"{len(exchanges)} and {len(drawn)}")
     return [replace(each, answer=answers[0], extra={**each.extra, "more_answers": tuple(answers[1:])})
             for each, answers in zip(exchanges, drawn)]

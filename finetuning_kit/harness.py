@@ -27,7 +27,7 @@ from .metrics import Exchange, Metric, row_metric
 from .models import quiet_libraries
 from .settings import FinetuningError, markdown_table
 
-# %% ../nbs/65f_harness.ipynb #53a66553
+# %% ../nbs/65f_harness.ipynb #98ef3b15
 def import_harness():  # the module `lm_eval`
     "Load the harness, or say how to get it"
     try:
@@ -48,7 +48,7 @@ def quiet_harness():  # use as `with quiet_harness():`
     levels, states = [logger.level for logger in loggers], (random.getstate(), np.random.get_state())
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None)  # it starts git, which complains on the screen
+    no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None)  # it starts git, which complains
     try:
         with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(), no_git:
             yield
@@ -90,7 +90,7 @@ def write_task(
     written.write_text(json.dumps(task, indent=2), encoding="utf-8")  # JSON is YAML
     return written
 
-# %% ../nbs/65f_harness.ipynb #56a4abb0
+# %% ../nbs/65f_harness.ipynb #f7aace5f
 LOCAL_LOADERS = ("json", "csv", "parquet", "text", "arrow")  # of datasets: they read files that lie here
 
 
@@ -109,7 +109,7 @@ def fetched_by(
     away = [str(each) for each in listed if "://" in str(each)]
     return ", ".join(away)
 
-
+# %% ../nbs/65f_harness.ipynb #2a035f0c
 def _pages(name: str, index: dict) -> Iterator[tuple[str, dict]]:
     entry = index[name]
     page = entry.cfg or {}
@@ -137,8 +137,9 @@ def find_tasks(
     unknown = [name for name in tasks if name not in manager.task_index]
     if unknown:
         known = ", ".join(sorted(manager.task_index)[:10]) if not network else "the harness's own list"
-        raise FinetuningError(f"there is no task `{unknown[0]}` in {folder or 'a folder (`folder` is not set)'}; known: "
-                              f"{known or 'none'}; the harness's own tasks download their rows: allow it with `network=True`")
+        raise FinetuningError(f"there is no task `{unknown[0]}` in {folder or 'a folder (`folder` is not set)'}; "
+                              f"known: {known or 'none'}; the harness's own tasks download their rows, which "
+                              "`network=True` allows")
     for name in tasks:
         for leaf, page in [] if network else _pages(name, manager.task_index):
             if fetched := fetched_by(page):
@@ -213,7 +214,7 @@ def harness_metric(
     return row_metric(name, f"{name} of lm-evaluation-harness", lambda each: each.extra["harness"].get(name),
                       better=better, needs=(), percent=percent)
 
-# %% ../nbs/65f_harness.ipynb #754bc72e
+# %% ../nbs/65f_harness.ipynb #55b1e6c8
 def _read_scores(
     figures: dict,  # one task's results, as the harness has them
 ) -> dict[str, HarnessScore]:  # figure -> score
@@ -247,8 +248,8 @@ def _check_run(tokenizer, tasks: list[str], chat: bool, limit: int | None, batch
     if isinstance(tasks, str) or not tasks:
         raise FinetuningError(f"`tasks` must be a list of names, got {tasks!r}")
     if chat and not tokenizer.chat_template:
-        raise FinetuningError("the tokenizer has no chat template; set one, or pass `chat=False` for a model that was never "
-                              "meant to chat")
+        raise FinetuningError("the tokenizer has no chat template; set one, or pass `chat=False` for a model that was "
+                              "never meant to chat")
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise FinetuningError(f"`{name}` must be at least 1, got {value}")

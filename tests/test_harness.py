@@ -23,8 +23,9 @@ def choices():
     draw = random.Random(0)
     records = [record for record in load_records("pocket:test") if len(record.output.split()) < 3][:24]
     answers = sorted({record.output for record in records})
-    return [{"question": f"{record.instruction} {record.input or ''}".strip(), "answer": record.output, "choices": draw.sample(
-        [record.output, *draw.sample([each for each in answers if each != record.output], 3)], 4)} for record in records]
+    wrong = [draw.sample([each for each in answers if each != record.output], 3) for record in records]
+    return [{"question": f"{record.instruction} {record.input or ''}".strip(), "answer": record.output,
+             "choices": draw.sample([record.output, *others], 4)} for record, others in zip(records, wrong)]
 
 
 def test_an_adapter_is_judged_where_it_is(pocket, choices, tmp_path):
@@ -67,7 +68,8 @@ def test_our_multiple_choice_agrees(pocket, choices, tmp_path):
     page["target_delimiter"] = " "
     (tmp_path / "choices.yaml").write_text(json.dumps(page))
     theirs = run_harness(model, tokenizer, ["choices"], tmp_path, chat=False).evaluations["choices"].exchanges
-    ours = likelihood.choice_exchanges(model, tokenizer, [{**row, "label": row["answer"]} for row in choices], plain=True)
+    rows = [{**row, "label": row["answer"]} for row in choices]
+    ours = likelihood.choice_exchanges(model, tokenizer, rows, plain=True)
     for name, by in (("acc", "sum"), ("acc_norm", "character")):
         right = likelihood.choice_accuracy(by).count(ours)[:, 0]
         assert np.array_equal(right, [each.extra["harness"][name] for each in theirs])
