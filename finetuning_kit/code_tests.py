@@ -6,11 +6,12 @@
 __all__ = ['check_permission', 'CodeTests', 'helpers_in', 'read_tests', 'CodeResult', 'folder_size', 'run_tests',
            'program_to_test', 'unbiased_pass_at_k', 'pass_at_k', 'tests_passed', 'sample_answers', 'with_more_answers']
 
-# %% ../nbs/64g_code_tests.ipynb #0e2fc30d
+# %% ../nbs/64g_code_tests.ipynb #f0d35a88
 import ast
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -128,7 +130,7 @@ def folder_size(
             total += 4096
     return total
 
-# %% ../nbs/64g_code_tests.ipynb #fadefcf8
+# %% ../nbs/64g_code_tests.ipynb #5a4c89e6
 def _await_verdict(
     process: subprocess.Popen,  # the referee
     job: bytes,  # what it is to judge
@@ -150,11 +152,11 @@ def _await_verdict(
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.stdout.close()
+    for stream in (process.stdin, process.stdout):
+        with suppress(OSError):
+            stream.close()
     process.wait()
 
 # %% ../nbs/64g_code_tests.ipynb #9c3b53b5
@@ -185,7 +187,7 @@ def run_tests(
     errors = verdict["errors"] if genuine else [stopped or "it ended without a verdict"] * len(tests.tests)
     return CodeResult(tuple(errors), time.monotonic() - start)
 
-# %% ../nbs/64g_code_tests.ipynb #8a9c6782
+# %% ../nbs/64g_code_tests.ipynb #ca4ee28b
 def program_to_test(
     exchange: Exchange,  # question and answer
     tests: CodeTests,  # the row's
@@ -193,13 +195,14 @@ def program_to_test(
     "Make a program of an answer, to be tested"
     program = program_of(replace(exchange, extra={"language": "python", **exchange.extra}))
     own, head = find_code(exchange.text).code, exchange.extra.get("prompt") or exchange.prompt
-    starts_over = tests.entry_point and f"def {tests.entry_point}(" in own
+    name = tests.entry_point and re.escape(tests.entry_point)
+    starts_over = name and re.search(rf"^(async def|def|class) {name}\b|^{name} *=", own, re.M)
     helpers = helpers_in(head)
     if starts_over:
         return helpers + "\n\n" + own
     if program.joined or not helpers and not tests.entry_point:
         return program.code
-    return head + own if tests.entry_point and f"def {tests.entry_point}(" in head else program.code
+    return head + own if name and re.search(rf"\bdef {name}\b", head) else program.code
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ import struct
 import sys
 from dataclasses import dataclass
 
-# %% ../nbs/64fa_walls.ipynb #67b37f8b
+# %% ../nbs/64fa_walls.ipynb #661540a3
 @dataclass(frozen=True)
 class CodeLimits:
     "What one answer's code may use before it is stopped"
@@ -31,12 +31,12 @@ class CodeLimits:
 def set_limits(
     limits: CodeLimits,  # what is allowed
 ) -> None:  # the process has them until it ends; they can't be raised again
-    "Bound this process's time, memory, files and processes"
+    "Bound this process's time, memory and files"
     import resource
 
     seconds = max(1, round(limits.time_s + 0.5))
     bounds = {"AS": limits.memory_mib << 20, "FSIZE": limits.file_mib << 20, "NOFILE": limits.n_files, "CORE": 0,
-              "MEMLOCK": 0, "MSGQUEUE": 0, "NPROC": 64}
+              "MEMLOCK": 0, "MSGQUEUE": 0}
     for name, most in bounds.items():
         hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] if hasattr(resource, f"RLIMIT_{name}") else 0
         if hasattr(resource, f"RLIMIT_{name}"):
@@ -44,7 +44,7 @@ def set_limits(
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
-# %% ../nbs/64fa_walls.ipynb #daed6b1c
+# %% ../nbs/64fa_walls.ipynb #01d78bb2
 FORBIDDEN_CALLS = {  # number on x86-64, on 64-bit ARM; -1: that machine has none
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "io_uring_setup": (425, 425),
     "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281), "unshare": (272, 97),
@@ -59,13 +59,14 @@ FORBIDDEN_CALLS = {  # number on x86-64, on 64-bit ARM; -1: that machine has non
     "keyctl": (250, 219), "open_by_handle_at": (304, 265), "mknod": (133, -1), "mknodat": (259, 33),
     "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
     "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
-    "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "futimesat": (261, -1), "truncate": (76, 45), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)}
 OWN_ONLY_CALLS = {"kill": (62, 129), "tgkill": (234, 131)}  # allowed with this process's own number
 SELF_OR_NOBODY_CALLS = {"prlimit64": (302, 261)}  # allowed with 0, which means oneself
 MACHINES = {"x86_64": (0, 0xC000003E, 126), "aarch64": (1, 0xC00000B7, 91)}  # column above, AUDIT_ARCH, capset's number
 
-# %% ../nbs/64fa_walls.ipynb #cc546c74
+# %% ../nbs/64fa_walls.ipynb #35aaa641
 def call_filter(
     machine: str,  # "x86_64" or "aarch64"
     own_process: int,  # number of the process that signals may go to
@@ -91,6 +92,8 @@ def call_filter(
         for numbers in calls.values():
             lines += [write(equals, numbers[column], 0, 4), write(load, 16), write(equals, allowed, 1, 0),
                       write(end, refuse), write(end, allow)]
+    lines += [write(equals, (72, 25)[column], 0, 6), write(load, 24), write(equals, 8, 2, 0), write(equals, 10, 1, 0),
+              write(equals, 15, 0, 1), write(end, refuse), write(end, allow)]  # fcntl: who gets a file's signals
     return b"".join([*lines, write(end, allow)])
 
 

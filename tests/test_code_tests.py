@@ -66,8 +66,9 @@ CHEATS = {
     "tests of its own": "def test_f(): pass\ndef check(candidate): pass\ntests = []\ndef f(x): return 7",
     "looks for the tests": "import gc\ndef f(x):\n    held = [o for o in gc.get_objects() if isinstance(o, dict) and"
                            " 'nonce' in o]\n    return 4 if held else 7",
-    "writes a verdict": "import os\ndef f(x):\n    for fd in range(64):\n        try: os.write(fd, b'{\"errors\": [\"\"]}')"
-                        "\n        except OSError: pass\n    return 7",
+    "writes a verdict": "import os\ndef f(x):\n    for fd in range(64):\n"
+                        "        try: os.write(fd, b'{\"errors\": [\"\"]}')\n        except OSError: pass\n"
+                        "    return 7",
     "answers out of turn": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[\"value\", \"{}\", []]\\n')\n"
                            "    except OSError: pass\nos._exit(0)",
     "kills its parent": "import os, signal\ndef f(x):\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 7",
@@ -188,7 +189,8 @@ def test_no_file_is_inherited(tmp_path):
     with open(tmp_path / "open", "w") as file:
         os.set_inheritable(file.fileno(), True)
         code = "import os\ndef f(x):\n    held = []\n    for fd in range(3, 64):\n        try:\n" \
-               "            os.fstat(fd)\n            held.append(fd)\n        except OSError: pass\n    return len(held)"
+               "            os.fstat(fd)\n            held.append(fd)\n        except OSError: pass\n" \
+               "    return len(held)"
         assert run(code, CodeTests(("assert f(2) <= 2",))).passed  # its line to the referee
 
 
