@@ -6,7 +6,7 @@
 __all__ = ['OPERATIONS', 'pack_value', 'unpack_value', 'Remote', 'Line', 'Peer', 'refill', 'describe_names', 'bind_names',
            'serve_answer', 'blame', 'run_one_test', 'start_player', 'referee_tests', 'referee_main', 'referee_command']
 
-# %% ../nbs/64fb_referee.ipynb #5afbaba9
+# %% ../nbs/64fb_referee.ipynb #582d1341
 import builtins
 import ctypes
 import importlib
@@ -16,6 +16,7 @@ import operator
 import os
 import sys
 from collections import deque, namedtuple
+from contextlib import suppress
 from dataclasses import asdict, replace
 from types import FunctionType, ModuleType, SimpleNamespace
 
@@ -225,7 +226,7 @@ def refill(
     held.clear()
     held.extend(state) if isinstance(held, list) else held.update(state)
 
-# %% ../nbs/64fb_referee.ipynb #cf25ec1b
+# %% ../nbs/64fb_referee.ipynb #cb8ee946
 def describe_names(
     namespace: dict,  # what the answer's code defined
     keep,  # gives an object its number
@@ -233,7 +234,8 @@ def describe_names(
     "Say what an answer's code defined"
     told = {}
     for name, value in list(namespace.items()):
-        if name.startswith("__"):
+        large = isinstance(value, (str, bytes, list, tuple, dict, set)) and len(value) > 10_000  # an answer's own table
+        if name.startswith("__") or large:
             continue
         if isinstance(value, ModuleType):
             told[name] = ["module", value.__name__]
@@ -241,7 +243,8 @@ def describe_names(
             base = next(each for each in value.__mro__ if each.__module__ == "builtins")
             told[name] = ["error", base.__name__]
         else:
-            told[name] = ["value", pack_value(value, keep)]
+            with suppress(Exception):  # what can't travel, such as a list that holds itself, has no name in the tests
+                told[name] = ["value", pack_value(value, keep)]
     return told
 
 

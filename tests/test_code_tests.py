@@ -210,7 +210,8 @@ def test_native_code_is_held_too():
 
 def test_the_players_end_with_their_caller():
     script = "from finetuning_kit.code_tests import *\nfrom finetuning_kit.walls import CodeLimits\n" \
-             "print('go', flush=True)\nrun_tests('def f(x):\\n    while True: pass', CodeTests(('f(1)',)), CodeLimits(time_s=120), True)"
+             "print('go', flush=True)\nrun_tests('def f(x):\\n    while True: pass', CodeTests(('f(1)',)), " \
+             "CodeLimits(time_s=120), True)"
     caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert caller.stdout.readline() == b"go\n"
     end = time.monotonic() + 60
