@@ -59,13 +59,14 @@ def sum_by_conversation(
     np.add.at(sums, [place[name] for name in names], counts)
     return sums
 
-# %% ../nbs/64c_conversations.ipynb #c60c6ee5
+# %% ../nbs/64c_conversations.ipynb #c1346fa4
 def _swap(exchanges, generator):  # a right answer, to another question
     order = generator.permutation(len(exchanges))
     texts = [exchange.text for exchange in exchanges]
     for row in range(len(order)):  # no row keeps its own words where that can be helped
-        other = next((n for n in range(len(order)) if texts[order[n]] != texts[row] and texts[order[row]] != texts[n]), row)
         if texts[order[row]] == texts[row]:
+            fits = (n for n in range(len(order)) if texts[order[n]] != texts[row] and texts[order[row]] != texts[n])
+            other = next(fits, row)
             order[[row, other]] = order[[other, row]]
     return [replace(each, answer=exchanges[n].answer) for each, n in zip(exchanges, order)]
 
