@@ -22,10 +22,10 @@ __all__ = ['UNITS', 'CONSTRAINTS', 'PHRASES', 'ADHERENCE', 'COMPLETION_FAULTS', 
            'read_constraints', 'ConstraintCheck', 'loose_readings', 'check_constraints', 'find_constraints',
            'adherence', 'completion_fault']
 
-# %% ../nbs/64d_instructions.ipynb #5cffa70d
+# %% ../nbs/64d_instructions.ipynb #e5ad6d5c
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]*_]*(?=\s|\Z)|[。！？]+")
-_ABBREVIATED = re.compile(r"(?:\b[A-Za-z]|\b(?:e\.g|i\.e|vs|Mr|Mrs|Ms|Dr|St|No|etc|Inc|Prof|Jr|Sr|z\.B|bzw|usw)|^\s*\(?\d+)\Z",
-                          re.M)
+_ABBREVIATED = re.compile(r"(?:\b[A-Za-z]|\b(?:e\.g|i\.e|vs|Mr|Mrs|Ms|Dr|St|No|etc|Inc|Prof|Jr|Sr|z\.B|bzw|usw)"
+                          r"|^\s*\(?\d+)\Z", re.M)
 _BULLET = re.compile(r"^[ \t]*(?:[-*+•–]|\(?\d{1,3}[.)])[ \t]+\S", re.M)
 
 
@@ -71,7 +71,7 @@ def _language_fault(text, code):
 
 _NUMBER = re.compile(r"[-+−]?\d+(?:[.,]\d+)*")
 
-# %% ../nbs/64d_instructions.ipynb #b9a06fb1
+# %% ../nbs/64d_instructions.ipynb #ea707dd2
 @dataclass(frozen=True)
 class Constraint:
     "A demand on an answer that a program can check"
@@ -102,7 +102,8 @@ CONSTRAINTS: dict[str, Constraint] = {
     "json": Constraint("is JSON, with the keys {}", "keys", _json_fault),
     "upper_case": Constraint("is all in capitals", "flag", lambda text, _: _case_fault(text, True)),
     "lower_case": Constraint("is all in small letters", "flag", lambda text, _: _case_fault(text, False)),
-    "no_comma": Constraint("holds no comma", "flag", lambda text, _: "it has a comma" if re.search("[,，、]", text) else ""),
+    "no_comma": Constraint("holds no comma", "flag", lambda text, _: (
+        "it has a comma" if re.search("[,，、]", text) else "")),
     "number": Constraint("is a number and nothing else", "flag", lambda text, _: (
         "" if _NUMBER.fullmatch(text.strip()) else "there is more than a number")),
     "quoted": Constraint("stands in double quotation marks", "flag", lambda text, _: (
@@ -162,7 +163,7 @@ def read_constraints(
         raise FinetuningError("no answer can be in capitals and in small letters; keep one of the two")
     return found
 
-# %% ../nbs/64d_instructions.ipynb #6576e8ad
+# %% ../nbs/64d_instructions.ipynb #404bb7f2
 @dataclass(frozen=True)
 class ConstraintCheck:
     "How an answer stands to one demand"
@@ -176,8 +177,9 @@ class ConstraintCheck:
     def demand(self) -> str:
         "What was demanded, in words"
         named = self.value if isinstance(self.value, tuple) else () if self.value is True else (self.value,)
-        return CONSTRAINTS[self.name].help.replace(", with the keys {}", "" if not named else ", with the keys {}").format(
-            ", ".join(map(str, named)))
+        named = map(language_name, named) if self.name == "language" else map(str, named)
+        help = CONSTRAINTS[self.name].help
+        return (help.partition(", with")[0] if self.value is True else help).format(", ".join(named))
 
 
 def loose_readings(
@@ -190,7 +192,7 @@ def loose_readings(
     kept += [fenced[1].strip()] if fenced else []
     return list(dict.fromkeys(reading for some in kept for reading in (some, some.replace("*", "")) if reading))
 
-# %% ../nbs/64d_instructions.ipynb #fb1ed7df
+# %% ../nbs/64d_instructions.ipynb #cc867dc7
 def check_constraints(
     text: str,  # an answer
     constraints: list | dict | str | None,  # its row's demands, in any form that `read_constraints` takes
@@ -200,12 +202,14 @@ def check_constraints(
     for name, value in read_constraints(constraints):
         fault = CONSTRAINTS[name].fault
         reason = fault(text, value) if text.strip() else "the answer is empty"
-        loose = None if reason is None else any(fault(each, value) == "" for each in loose_readings(text) if each.strip())
-        checks.append(ConstraintCheck(name, value, None if reason is None else not reason, loose,
-                                      "too short to tell" if reason is None else reason))
+        if reason is None:
+            checks.append(ConstraintCheck(name, value, None, None, "too short to tell"))
+            continue
+        loose = any(fault(reading, value) == "" for reading in loose_readings(text) if reading.strip())
+        checks.append(ConstraintCheck(name, value, not reason, loose, reason))
     return checks
 
-# %% ../nbs/64d_instructions.ipynb #86587bfe
+# %% ../nbs/64d_instructions.ipynb #6c3c6b14
 _COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), 1)}
 _N = rf"(\d{{1,4}}|{'|'.join(_COUNTS)})"
 _UNIT = r"(word|sentence|line|paragraph|bullet(?: point)?|character)s?\b"
@@ -226,9 +230,11 @@ PHRASES: tuple = tuple((re.compile(pattern, re.I), demand) for pattern, demand i
     (rf"\b(?:at least|no fewer than|no less than|a minimum of) {_N} {_UNIT}", _limit("min")),
     (rf"\bexactly {_N} {_UNIT}", _limit("n")),
     (rf"{_TELL}\b(?:as|in|with) (?:a )?(?:valid )?json\b", lambda match: {"json": True}),
-    (r"\bin (?:all )?(?:upper[- ]?case|capital letters|capitals)\b|\bin all caps\b", lambda match: {"upper_case": True}),
+    (r"\bin (?:all )?(?:upper[- ]?case|capital letters|capitals)\b|\bin all caps\b",
+     lambda match: {"upper_case": True}),
     (r"\bin (?:all )?(?:lower[- ]?case|small letters)\b", lambda match: {"lower_case": True}),
-    (r"\bwithout (?:any |using )*commas\b|\b(?:do not|don't) use (?:any )?commas\b", lambda match: {"no_comma": True}),
+    (r"\bwithout (?:any |using )*commas\b|\b(?:do not|don't) use (?:any )?commas\b",
+     lambda match: {"no_comma": True}),
     (rf"{_TELL}\b(?:with )?(?:only|just) (?:the|a) number\b", lambda match: {"number": True}),
     (rf"\b(?:answer|reply|respond) in ({'|'.join(_SPOKEN)})\b", lambda match: {"language": _SPOKEN[match[1].lower()]})))
 
