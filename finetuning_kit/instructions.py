@@ -44,14 +44,18 @@ UNITS: dict[str, Callable] = {  # what can be counted -> how
     "paragraphs": lambda text: len([part for part in re.split(r"\n\s*\n", text) if part.strip()]),
     "bullets": lambda text: len(_BULLET.findall(text)), "characters": lambda text: len(text.strip())}
 
-# %% ../nbs/64d_instructions.ipynb #8ef824c5
+# %% ../nbs/64d_instructions.ipynb #ac46ef67
 def _has(text, phrase):  # as whole words, where the script has words
     return bool(re.search(rf"(?<![a-zA-Z0-9_]){re.escape(phrase)}(?![a-zA-Z0-9_])", text, re.I))
 
 
+def _no_json(word):  # NaN and Infinity, which Python reads and JSON does not know
+    raise ValueError(f"{word} is none of its numbers")
+
+
 def _json_fault(text, keys):
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
         return f"it is not JSON ({error})"[:100]
     missing = [] if keys is True else [key for key in keys if not (isinstance(value, dict) and key in value)]
