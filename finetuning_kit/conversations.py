@@ -21,9 +21,9 @@ from .settings import FinetuningError
 from .wording import find_repetition, languages_of
 
 # %% auto #0
-__all__ = ['SPOILINGS', 'TURN_COHERENCE', 'DIVERSITY', 'FLOW_FAULTS', 'CONVERSATION_FLOW', 'every_turn', 'sum_by_conversation',
-           'spoil', 'letters_alike', 'share_beaten', 'turn_coherence', 'states_alike', 'word_groups', 'diversity',
-           'flow_faults']
+__all__ = ['SPOILINGS', 'TURN_COHERENCE', 'DIVERSITY', 'TEMPLATE_MARKS', 'FLOW_FAULTS', 'CONVERSATION_FLOW', 'every_turn',
+           'sum_by_conversation', 'spoil', 'letters_alike', 'share_beaten', 'turn_coherence', 'states_alike',
+           'word_groups', 'diversity', 'flow_faults']
 
 # %% ../nbs/64c_conversations.ipynb #d5b3f819
 def every_turn(
@@ -222,9 +222,9 @@ def diversity(
 
 DIVERSITY = diversity()
 
-# %% ../nbs/64c_conversations.ipynb #e6cf6767
-_MARKS = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<turn\|>"
-                    r"|<\|turn>")
+# %% ../nbs/64c_conversations.ipynb #68054c31
+TEMPLATE_MARKS = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?s>"
+                            r"|<(?:start|end)_of_turn>|<turn\|>|<\|turn>")  # what chat templates put around turns
 _SPEAKER = re.compile(r"^[ \t]*(?:#{1,4} ?)?\**(?:user|human|assistant|system|question|instruction|response|input"
                       r"|q|a|ai|benutzer|utilisateur|usuario|用户|助手)\**[ \t]*[:：]", re.I | re.M)
 
@@ -242,7 +242,7 @@ def _repeats(exchange):  # an earlier answer again, or a loop within this one
 
 def _slips(exchange):  # marks of a template, or a line in somebody's name
     wanted = exchange.reference or ""
-    return any(pattern.search(exchange.text) and not pattern.search(wanted) for pattern in (_MARKS, _SPEAKER))
+    return any(pattern.search(exchange.text) and not pattern.search(wanted) for pattern in (TEMPLATE_MARKS, _SPEAKER))
 
 
 def _changes_language(exchange):

@@ -242,7 +242,7 @@ PHRASES: tuple = tuple((re.compile(pattern, re.I), demand) for pattern, demand i
     (rf"{_TELL}\b(?:with )?(?:only|just) (?:the|a) number\b", lambda match: {"number": True}),
     (rf"\b(?:answer|reply|respond) in ({'|'.join(_SPOKEN)})\b", lambda match: {"language": _SPOKEN[match[1].lower()]})))
 
-# %% ../nbs/64d_instructions.ipynb #9f87fe69
+# %% ../nbs/64d_instructions.ipynb #1284a8ab
 _SPOKEN_OF = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|\"[^\"\n]*\"|“[^”\n]*”|„[^“”\n]*[“”]|«[^»\n]*»", re.S)
 _NOT = re.compile(r"\b(?:not|never|don't|n't|need not|rather than|instead of)\W+(?:\w+\W+){0,2}\Z", re.I)
 _POLITE = re.compile(r"\s*(?:please|can you|could you|would you|will you)\b", re.I)
@@ -253,13 +253,17 @@ def find_constraints(
 ) -> dict:  # demands as `read_constraints` takes them; empty where nothing is unmistakable
     "Read demands off an instruction's own words, where they cannot be mistaken"
     plain, found = _SPOKEN_OF.sub(lambda quoted: "_" * len(quoted[0]), instruction.replace("’", "'")), {}
-    for sentence in re.findall(r"[^.!?\n]+[.!?]*", plain):
-        if sentence.rstrip().endswith("?") and not _POLITE.match(sentence):
-            continue
+    for sentence in re.findall(r"[^.!?\n]+[.!?]*", plain.strip().split("\n\n")[0]):
+        asks = sentence.rstrip().endswith("?") and not _POLITE.match(sentence)
+        head, colon, _ = sentence.partition(":")
+        ends = colon and len(head.split()) > 2  # "Summarise this text: …" is followed by material, "Briefly: …" is not
+        said = "" if asks else head if ends else sentence
         for pattern, demand in PHRASES:
-            match = pattern.search(sentence)
-            if match and not _NOT.search(sentence[:match.start()]):
+            match = pattern.search(said)
+            if match and not _NOT.search(said[:match.start()]):
                 found |= {name: value for name, value in demand(match).items() if name not in found}
+        if ends:
+            break
     try:
         read_constraints(found)
     except FinetuningError:  # contradictory words are no unmistakable demand

@@ -30,8 +30,8 @@ def right(talks):
     "Every answer as the reference has it."
     asked, places = every_turn(talks)
     turns = [to_messages(talk) for talk in asked]
-    return [Exchange(said[-2]["content"], said[-1]["content"], Answer(said[-1]["content"], 9, True), tuple(said[:-1]), place)
-            for said, place in zip(turns, places)]
+    return [Exchange(said[-2]["content"], said[-1]["content"], Answer(said[-1]["content"], 9, True), tuple(said[:-1]),
+                     place) for said, place in zip(turns, places)]
 
 
 @pytest.mark.parametrize("how, name", MUST_FALL)

@@ -21,8 +21,9 @@ def test_any_text_gets_a_verdict_with_a_reason(text):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(
-    ["in one word", "Answer", "as JSON", "at most 3 words", "at least five words", "not", ".", "?", '"', "in upper case",
-     "in lower case", "exactly two sentences", "under 0 lines", "please", "Reply in Welsh", "`"]), max_size=9))
+    ["in one word", "Answer", "as JSON", "at most 3 words", "at least five words", "not", ".", "?", '"', ":",
+     "in upper case", "in lower case", "exactly two sentences", "under 0 lines",
+     "please", "Reply in Welsh", "`"]), max_size=9))
 def test_demands_found_in_words_can_be_read(words):
     read_constraints(find_constraints(" ".join(words)))
 
