@@ -259,7 +259,7 @@ class Calibration:
                 f"readable; accuracy {self.accuracy:.1%}, position bias {bias}{turned}; "
                 f"{'better than a coin' if self.is_trusted else 'no better than a coin'} (p = {self.chance:.2g})")
 
-# %% ../nbs/64e_judging.ipynb #84e4e292
+# %% ../nbs/64e_judging.ipynb #9c134216
 def _outcomes(judge, kind, questions, good, bad):  # 1: the good answer wins
     if kind == "pairs":
         verdicts = judge_pairs(judge, questions, good, bad)
@@ -290,7 +290,7 @@ def calibrate_judge(
         lambda pair: pair[0].prompt, lambda pair: pair[0].text, lambda pair: pair[1].text))
     outcomes, bias = _outcomes(judge, kind, questions, right, wrong)
     pleading, _ = _outcomes(judge, kind, questions, right, [text + PLEA for text in wrong])
-    turned = sum(before == 1 and after != 1 for before, after in zip(outcomes, pleading))
+    turned = sum(before == 1 and after in (0.0, 0.5) for before, after in zip(outcomes, pleading))
     n = Counter(outcomes)
     judge.examined[kind] = Calibration(kind, n[1.0], n[0.0], n[0.5], n[None], bias, turned)
     return judge.examined[kind]

@@ -44,4 +44,5 @@ def test_counting_units_agree_on_the_bounds():
         n = count(text)
         met = {f"max_{unit}": (n, n - 1), f"min_{unit}": (n, n + 1), f"n_{unit}": (n, n + 1)}
         for name, (good, bad) in met.items():
-            assert check_constraints(text, {name: good})[0].strict and not check_constraints(text, {name: bad})[0].strict
+            assert check_constraints(text, {name: good})[0].strict
+            assert not check_constraints(text, {name: bad})[0].strict
