@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'HEADINGS', 'token_f1', 'rouge_scores', 'Evaluation',
            'to_exchanges', 'evaluate', 'draw_sums', 'paired_bootstrap', 'ScoreChange', 'Comparison', 'score_change',
-           'compare', 'plain_cell', 'samples_table', 'completion_accuracy']
+           'compare', 'plain_cell', 'samples_table', 'completions_right', 'completion_accuracy']
 
 # %% ../nbs/65_evaluation.ipynb #7348bb18
 import re
@@ -302,18 +302,42 @@ def _encode_completion(
 
 
 @torch.no_grad()
-def _count_completions(
+def _right_completions(
     model,  # a causal language model in evaluation mode
     pairs: list[tuple[list[int], int]],  # ids and where the completion begins
-) -> int:  # rows whose every completion token is the model's first choice
-    "Count the rows that greedy decoding would complete as expected, in one forward pass"
+) -> list[bool]:  # whether every completion token is the model's first choice
+    "Find the rows that greedy decoding would complete as expected, in one forward pass"
     width = max(len(ids) for ids, _ in pairs)
     batch = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in pairs], device=model.device)
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in pairs], device=model.device)
     choices = model(input_ids=batch, attention_mask=mask).logits.argmax(-1).tolist()
-    return sum(choices[row][begin - 1:len(ids) - 1] == ids[begin:] for row, (ids, begin) in enumerate(pairs))
+    return [choices[row][begin - 1:len(ids) - 1] == ids[begin:] for row, (ids, begin) in enumerate(pairs)]
 
 # %% ../nbs/65_evaluation.ipynb #3f593460
+def completions_right(
+    model,  # a causal language model, with or without adapters
+    tokenizer,  # its tokenizer
+    rows: list,  # dicts, or loaded rows, with "prompt" and "completion"
+    batch_size: int = 64,  # rows scored at once
+    separator: str = " ",  # put between prompt and completion where neither brings white space
+) -> list[bool]:  # one a row
+    "Find out which plain-text prompts a model goes on with exactly as expected"
+    if not rows:
+        raise FinetuningError("there is nothing to score: `rows` is empty; load some with `read_rows`")
+    pairs = [_encode_completion(tokenizer, getattr(row, "data", row), separator) for row in rows]
+    order = sorted(range(len(pairs)), key=lambda row: -len(pairs[row][0]))
+    right, was_training = [False] * len(pairs), model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            for row, is_right in zip(batch, _right_completions(model, [pairs[row] for row in batch])):
+                right[row] = is_right
+    finally:
+        model.train(was_training)
+    return right
+
+
 def completion_accuracy(
     model,  # a causal language model, with or without adapters
     tokenizer,  # its tokenizer
@@ -322,15 +346,5 @@ def completion_accuracy(
     separator: str = " ",  # put between prompt and completion where neither brings white space
 ) -> float:  # between 0 and 1
     "Measure the share of plain-text prompts that a model goes on with exactly as expected"
-    if not rows:
-        raise FinetuningError("there is nothing to score: `rows` is empty; load some with `read_rows`")
-    pairs = [_encode_completion(tokenizer, getattr(row, "data", row), separator) for row in rows]
-    pairs.sort(key=lambda pair: -len(pair[0]))
-    n_right, was_training = 0, model.training
-    model.eval()
-    try:
-        for start in range(0, len(pairs), batch_size):
-            n_right += _count_completions(model, pairs[start:start + batch_size])
-    finally:
-        model.train(was_training)
-    return n_right / len(pairs)
+    right = completions_right(model, tokenizer, rows, batch_size, separator)
+    return sum(right) / len(right)

@@ -23,14 +23,14 @@ from .evaluation import Comparison, Evaluation
 from .metrics import Metric, mean_of_counts
 from .settings import FinetuningError, markdown_table
 
-# %% ../nbs/65a_verdicts.ipynb #8174f3be
+# %% ../nbs/65a_verdicts.ipynb #e614933e
 def mcnemar(
     n_won: int,  # rows that are right after and were wrong before
     n_lost: int,  # rows that were right before and are wrong after
 ) -> float:  # probability of so lopsided a split, in either direction, when each changed row is a toss
     "Test a change of right and wrong answers exactly"
-    n_changed = n_won + n_lost
-    tail = sum(math.comb(n_changed, k) for k in range(min(n_won, n_lost) + 1))  # B(n, 1/2), McNemar's exact form
+    n_changed, fewer = int(n_won) + int(n_lost), int(min(n_won, n_lost))
+    tail = sum(math.comb(n_changed, k) for k in range(fewer + 1))  # B(n, 1/2), McNemar's exact form
     return min(1.0, 2 * tail / 2 ** n_changed)
 
 # %% ../nbs/65a_verdicts.ipynb #069397a9
@@ -88,7 +88,7 @@ def flip_interval(
     ends = [np.partition(np.where(sizes, sign * means, -np.inf), k, axis=-1)[..., k] for sign in (1, -1)]
     return ends[0], -ends[1]
 
-# %% ../nbs/65a_verdicts.ipynb #2455179b
+# %% ../nbs/65a_verdicts.ipynb #d75900d5
 def paired_effects(
     metric: Metric,  # what was counted
     before: np.ndarray,  # [..., n_rows, n_counts] of the base
@@ -101,7 +101,8 @@ def paired_effects(
     if n_rows == 1:
         return whole
     without = metric.figure(sums[1] - after) - metric.figure(sums[0] - before)  # each row left out once
-    return whole + (n_rows - 1) * (without.mean(-1, keepdims=True) - without)  # Tukey's pseudo-values, centred
+    effects = whole + (n_rows - 1) * (without.mean(-1, keepdims=True) - without)  # Tukey's pseudo-values, centred
+    return np.where(np.abs(effects) > 1e-12 * np.abs(effects).max(-1, keepdims=True), effects, 0.0)  # 0 but for rounding
 
 
 def add_up_groups(
