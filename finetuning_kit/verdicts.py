@@ -33,7 +33,7 @@ def mcnemar(
     tail = sum(math.comb(n_changed, k) for k in range(fewer + 1))  # B(n, 1/2), McNemar's exact form
     return min(1.0, 2 * tail / 2 ** n_changed)
 
-# %% ../nbs/65a_verdicts.ipynb #069397a9
+# %% ../nbs/65a_verdicts.ipynb #5caebd16
 N_DRAWS = 10_000  # random halves; 2 ** 13 and fewer are all gone through
 
 
@@ -57,9 +57,11 @@ def sums_of_halves(
     halves = draw_halves(effects.shape[-1], n_draws, seed)
     step = max(1, 2 ** 22 // halves.shape[1])  # halves turned into floats at once: 32 MiB
     parts = [effects @ halves[at:at + step].T.astype(float) for at in range(0, len(halves), step)]
-    return np.concatenate(parts, axis=-1), halves.sum(1, dtype=int)
+    sums = np.concatenate(parts, axis=-1)
+    slack = 1e-9 * np.abs(effects).sum(-1, keepdims=True)
+    return np.where(np.abs(sums) > slack, sums, 0.0), halves.sum(1, dtype=int)  # nothing is nothing, but for rounding
 
-# %% ../nbs/65a_verdicts.ipynb #f6f808ba
+# %% ../nbs/65a_verdicts.ipynb #ef7b727d
 def flip_test(
     effects: np.ndarray,  # [..., n_rows], differences row by row
     n_draws: int = N_DRAWS,  # halves whose sign is turned
@@ -67,9 +69,7 @@ def flip_test(
 ) -> np.ndarray:  # [...] two-sided p
     "Test whether a mean difference could come from swapping base and tuned row by row"
     sums, sizes = sums_of_halves(np.asarray(effects, float), n_draws, seed)
-    slack = 1e-9 * np.abs(effects).sum(-1, keepdims=True)  # sums that are equal but for rounding count on both sides
-    sides = np.minimum((sums <= slack).mean(-1), (sums >= -slack).mean(-1))
-    n = len(sizes)
+    n, sides = len(sizes), np.minimum((sums <= 0).mean(-1), (sums >= 0).mean(-1))
     drawn = n < 2 ** min(effects.shape[-1], 60)
     return np.minimum(1, 2 * ((n * sides + 1) / (n + 1) if drawn else sides))  # the data are one more draw
 
@@ -84,7 +84,8 @@ def flip_interval(
     sums, sizes = sums_of_halves(np.asarray(effects, float), n_draws, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = np.where(sizes, sums / sizes, np.nan)
-    k = int((1 - confidence) / 2 * len(sizes))
+    n, drawn = len(sizes), len(sizes) < 2 ** min(effects.shape[-1], 60)
+    k = max(0, int((1 - confidence) / 2 * (n + 1) + 1e-9) - 1 if drawn else int((1 - confidence) / 2 * n + 1e-9))
     ends = [np.partition(np.where(sizes, sign * means, -np.inf), k, axis=-1)[..., k] for sign in (1, -1)]
     return ends[0], -ends[1]
 
@@ -276,7 +277,7 @@ def changed_answers(
         return None
     return int((after[:, 0] > before[:, 0]).sum()), int((after[:, 0] < before[:, 0]).sum())
 
-# %% ../nbs/65a_verdicts.ipynb #41f7d1aa
+# %% ../nbs/65a_verdicts.ipynb #a1b6acd6
 def _cautions_of(
     effects: np.ndarray,  # [n_rows]
     n_changed: int,  # effects that are not 0
@@ -307,13 +308,14 @@ def weigh_change(
     "Test one metric's change and bound it"
     effects, answers = paired_effects(metric, *pair), changed_answers(metric, *pair)
     n_rows, n_changed = len(effects), int((np.abs(effects) > 1e-12).sum())
-    low, high = (float(end) for end in flip_interval(effects, 1 - alpha, n_draws, seed))
     p = mcnemar(*answers) if answers else float(flip_test(effects, n_draws, seed))
+    low, high = (float(end) for end in flip_interval(effects, 1 - alpha, n_draws, seed))
     if metric.percent and (answers or n_changed < 6):  # what was not seen may happen all the same
         won, lost = answers or (float(effects.clip(0).sum()), float(-effects.clip(max=0).sum()))
         ends = score_interval(min(won, n_rows), min(lost, n_rows), n_rows, 1 - alpha)
-        low, high = min(low, ends[0]), max(high, ends[1])
+        low, high = ends if answers else (min(low, ends[0]), max(high, ends[1]))
     low, high = (max(low, -1.0), min(high, 1.0)) if metric.percent else (low, high)
+    low, high = (min(low, 0.0), max(high, 0.0)) if p > alpha else (low, high)  # where the exact test is more careful
     return {"p": p, "low": low, "high": high, "spread": float(effects.std(ddof=1)) if n_rows > 1 else 0.0,
             "n_rows": n_rows, "test": "exact McNemar" if answers else "sign flips",
             "notes": tuple(_cautions_of(effects, n_changed, bool(answers)))}

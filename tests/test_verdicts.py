@@ -113,7 +113,7 @@ def test_the_rows_of_an_open_verdict_would_tell():
 
 def test_power_grows_with_the_rows_and_the_gain():
     for kind in SCORES:
-        found = [[says_better(SCORES[kind](n_rows, gain)) for n_rows in SIZES] for gain in (0.03, 0.12)]
+        found = [[says_better(SCORES[kind](n_rows, gain)[:300]) for n_rows in SIZES] for gain in (0.03, 0.12)]
         assert found[1] == sorted(found[1]) and found[1][2] > 0.95 and all(a <= b for a, b in zip(*found)), (kind, found)
 
 
@@ -132,13 +132,16 @@ def test_a_verdict_is_what_the_simulation_tested():
         assert found.p == mcnemar(won, lost) and math.isclose(found.difference, effects.mean(), abs_tol=1e-12)
         assert (found.verdict == "better") == (mcnemar(won, lost) <= 0.05 and won > lost)
         assert (found.low > 0) == (found.verdict == "better") and (found.high < 0) == (found.verdict == "worse")
-        assert abs(found.p - float(flip_test(effects))) < 0.02
+        assert abs(found.p - float(flip_test(effects))) < 0.04, "drawn twice, from both sides"
 
 
 @pytest.mark.parametrize("n_rows", (1, 2, 5))
 def test_few_rows_tell_nothing_and_say_so(n_rows):
     found = verdicts_of(compare(answered([0] * n_rows), answered([1] * n_rows))).verdicts[0]
-    assert found.verdict == "cannot tell" and found.notes and (found.low, found.high) == (-1.0, 1.0)
+    assert found.verdict == "cannot tell" and found.notes and found.low <= 0 and found.high == 1
+    whole = judge_change(*(Evaluation(answered([0] * n_rows).exchanges, (row_metric("half", "", lambda e: v),))
+                           for v in (0.25, 0.75)), row_metric("half", "", lambda e: 0.0))
+    assert (whole.verdict, whole.low, whole.high) == ("cannot tell", -1.0, 1.0)
 
 
 def test_the_order_of_rows_changes_nothing():
