@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 
 # %% auto #0
-__all__ = ['KNOWLEDGE', 'Outcome', 'WIDTHS', 'POCKET_NOISE', 'read_probe', 'ask_probe', 'clear_bar', 'widen', 'RunNoise',
-           'run_noise', 'stored_noise', 'GateCheck', 'rows_for', 'check_words', 'Gate', 'judged_metrics', 'gate_check',
+__all__ = ['KNOWLEDGE', 'Outcome', 'WIDTHS', 'POCKET_NOISE', 'read_probe', 'ask_probe', 'clear_bar', 'RunNoise', 'run_noise',
+           'stored_noise', 'widen', 'GateCheck', 'rows_for', 'check_words', 'Gate', 'judged_metrics', 'gate_check',
            'noise_words', 'gate_of']
 
 # %% ../nbs/65b_gates.ipynb #39cd5765
@@ -54,7 +54,7 @@ def ask_probe(
                  for row, each in zip(rows, right)]
     return Evaluation(exchanges, (KNOWLEDGE,))
 
-# %% ../nbs/65b_gates.ipynb #fae2e8d2
+# %% ../nbs/65b_gates.ipynb #a7af192a
 Outcome = Literal["passed", "failed", "undecided"]
 
 
@@ -67,17 +67,6 @@ def clear_bar(
     if not (math.isfinite(low) and math.isfinite(high)):
         return "undecided"
     return "passed" if low > bar else "failed" if high < bar else "undecided"
-
-
-def widen(
-    found: MetricVerdict,  # with the interval that the rows give
-    margin: float,  # how far a single run may lie off; no number: not known
-) -> tuple[float, float]:  # lower and upper end, in the direction of progress
-    "Add the noise between runs to the noise between rows"
-    sign = -1 if found.better == "lower" else 1
-    low, high = sorted((sign * found.low, sign * found.high))
-    middle, margin = sign * found.difference, margin if margin == margin else 0.0
-    return middle - math.hypot(middle - low, margin), middle + math.hypot(high - middle, margin)
 
 # %% ../nbs/65b_gates.ipynb #f8a75a67
 WIDTHS = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, 97.5 %, from 1 degree on
@@ -121,7 +110,18 @@ def stored_noise(
     "Look up how far runs of a base differ, where that is known"
     return POCKET_NOISE if model_name == "pocket" else None
 
-# %% ../nbs/65b_gates.ipynb #0e0ce2a3
+# %% ../nbs/65b_gates.ipynb #40ae1ce6
+def widen(
+    found: MetricVerdict,  # with the interval that the rows give
+    margin: float,  # how far a single run may lie off; no number: not known
+) -> tuple[float, float]:  # lower and upper end, in the direction of progress
+    "Add the noise between runs to the noise between rows"
+    sign = -1 if found.better == "lower" else 1
+    low, high = sorted((sign * found.low, sign * found.high))
+    middle, margin = sign * found.difference, margin if margin == margin else 0.0
+    return middle - math.hypot(middle - low, margin), middle + math.hypot(high - middle, margin)
+
+# %% ../nbs/65b_gates.ipynb #4901b082
 @dataclass(frozen=True)
 class GateCheck:
     "One question of a gate, and its answer"
@@ -144,7 +144,9 @@ def rows_for(
     away = (-1 if found.better == "lower" else 1) * found.difference - bar
     if margin == margin and abs(away) <= margin:
         return None
-    unseen = 3.85 * (1 - abs(away)) / abs(away) if found.percent and away else 0  # nothing changed, and Tango's z²/(n+z²)
+    if margin == margin:  # what the runs take up is not there for the rows
+        away = math.sqrt(away ** 2 - margin ** 2)
+    unseen = 3.85 * (1 - abs(away)) / abs(away) if found.percent and away else 0  # Tango's z²/(n+z²), nothing changed
     many = rows_needed(found.spread, away, found.alpha, step=float(found.test == "exact McNemar"))
     return many and max(many, math.ceil(unseen))
 
@@ -242,7 +244,7 @@ def gate_check(
     return GateCheck(kind, metric.name, outcome, *ends, bar, check_words(kind, found, outcome, ends, bar, margin),
                      metric.percent)
 
-# %% ../nbs/65b_gates.ipynb #f59411fd
+# %% ../nbs/65b_gates.ipynb #6df34673
 def noise_words(
     noise: RunNoise | None,  # between runs; None: not measured
     checks: list[GateCheck],  # the questions
@@ -255,7 +257,7 @@ def noise_words(
              for each in checks if each.metric in noise.spread}
     lacking = dict.fromkeys(each.metric for each in checks if each.metric not in noise.spread)
     known = [f"{name} by {amount}" for name, amount in asked.items()]
-    told = [f"19 runs in 20 lie near their mean: {', '.join(known)} ({noise.source})"] if known else []
+    told = [f"19 runs in 20 lie near their mean: {', '.join(known)} ({noise.source})"] * bool(known)
     return told + [f"the noise between runs was not measured for {', '.join(lacking)}"] * bool(lacking)
 
 
@@ -273,11 +275,12 @@ def gate_of(
     "Join task and probe into one verdict"
     if not (0 < budget < 1 and gain >= 0):
         raise FinetuningError(f"`budget` must lie between 0 and 1, as 0.02 for two points, and `gain` be 0 or more; "
-                              f"got {budget:g} and {gain:g}; losing nothing at all cannot be shown with any number of rows")
+                              f"got {budget:g} and {gain:g}; that nothing at all is lost can't be shown with any rows")
     checks = [gate_check("task", comparison, judged_metrics(comparison, metric)[0], gain, noise, group, alpha)]
     notes = []
     if probe is None:
         notes.append("no probe was asked, so what the model forgot is not known; `ask_probe` both models")
     else:
-        checks += [gate_check("probe", probe, each, -budget, noise, None, alpha) for each in judged_metrics(probe, None)]
+        asked = judged_metrics(probe, None)
+        checks += [gate_check("probe", probe, each, -budget, noise, alpha=alpha) for each in asked]
     return Gate(tuple(checks), (*notes, *noise_words(noise, checks)))

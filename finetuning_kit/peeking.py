@@ -45,7 +45,7 @@ def evidence_of(
         found.append(stake.mean(-1) + 1 / (look + 1))  # what has not entered yet is kept as it is
     return np.stack(found, -1)
 
-# %% ../nbs/65c_peeking.ipynb #18d3ac59
+# %% ../nbs/65c_peeking.ipynb #2fcfa841
 @dataclass(frozen=True)
 class Look:
     "What is known after an evaluation"
@@ -57,7 +57,7 @@ class Look:
     hopeless: float  # evidence that it is not, from the middle of the run on
     verdict: str  # "better", "hopeless" or "open"
 
-
+# %% ../nbs/65c_peeking.ipynb #82621783
 @dataclass
 class GainTest:
     "A test that may be looked at after every batch of fresh rows"
@@ -98,7 +98,7 @@ class GainTest:
         gain = float(values.mean()) if len(values) else math.nan
         return Look(sum(map(len, self.batches)), gain, *self.bounds(), better, hopeless, verdict)
 
-# %% ../nbs/65c_peeking.ipynb #311e6a45
+# %% ../nbs/65c_peeking.ipynb #368d8986
 def look_words(
     test: GainTest,  # with its looks
     look: Look,  # the last of them
@@ -125,11 +125,12 @@ def row_differences(
 ) -> list[float]:  # from -1 to 1, in the direction of progress; no number where a row says nothing
     "Put two models' rows against each other, row by row; unbounded scores by who won"
     if metric.better == "neither":
-        raise FinetuningError(f"{metric.name} says nothing about progress; choose a metric whose `better` is higher or lower")
+        raise FinetuningError(f"{metric.name} says nothing about progress; choose a metric whose `better` is higher or "
+                              "lower")
     differences = np.subtract(after, before, dtype=float) * (-1 if metric.better == "lower" else 1)
     return (differences if metric.percent else np.sign(differences)).tolist()
 
-# %% ../nbs/65c_peeking.ipynb #db510d98
+# %% ../nbs/65c_peeking.ipynb #873ebcb8
 class FreshRows(Watcher):
     "Held-out rows, each of which is asked once"
 
@@ -158,8 +159,8 @@ class FreshRows(Watcher):
     def ask(self, model, rows: slice) -> list[float]:
         "The metric's figure of some rows, as the model is now"
         extras = self.extras[rows] if self.extras else None
-        found = evaluate(model, self.tokenizer, self.records[rows], metrics=(self.metric,), extras=extras, **self.asking)
-        return found.per_row[self.metric.name]
+        asking = {**self.asking, "metrics": (self.metric,), "extras": extras}
+        return evaluate(model, self.tokenizer, self.records[rows], **asking).per_row[self.metric.name]
 
 # %% ../nbs/65c_peeking.ipynb #5b737ba3
 def planned_looks(

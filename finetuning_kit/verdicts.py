@@ -33,7 +33,7 @@ def mcnemar(
     tail = sum(math.comb(n_changed, k) for k in range(fewer + 1))  # B(n, 1/2), McNemar's exact form
     return min(1.0, 2 * tail / 2 ** n_changed)
 
-# %% ../nbs/65a_verdicts.ipynb #5caebd16
+# %% ../nbs/65a_verdicts.ipynb #4ffce477
 N_DRAWS = 10_000  # random halves; 2 ** 13 and fewer are all gone through
 
 
@@ -45,6 +45,7 @@ def draw_halves(
     "Toss a coin for every row, many times"
     if 2 ** min(n_rows, 60) <= n_draws:
         return (np.arange(2 ** n_rows)[:, None] >> np.arange(n_rows) & 1).astype(np.int8)
+    n_draws = min(n_draws, max(2000, 10 ** 8 // n_rows))  # 100 MB, unless there are more than 50,000 rows
     return np.random.default_rng(seed).integers(0, 2, (n_draws, n_rows), dtype=np.int8)
 
 
@@ -61,14 +62,15 @@ def sums_of_halves(
     slack = 1e-9 * np.abs(effects).sum(-1, keepdims=True)
     return np.where(np.abs(sums) > slack, sums, 0.0), halves.sum(1, dtype=int)  # nothing is nothing, but for rounding
 
-# %% ../nbs/65a_verdicts.ipynb #ef7b727d
+# %% ../nbs/65a_verdicts.ipynb #a3078320
 def flip_test(
     effects: np.ndarray,  # [..., n_rows], differences row by row
     n_draws: int = N_DRAWS,  # halves whose sign is turned
     seed: int = 0,  # of the drawing
 ) -> np.ndarray:  # [...] two-sided p
     "Test whether a mean difference could come from swapping base and tuned row by row"
-    sums, sizes = sums_of_halves(np.asarray(effects, float), n_draws, seed)
+    effects = np.asarray(effects, float)
+    sums, sizes = sums_of_halves(effects, n_draws, seed)
     n, sides = len(sizes), np.minimum((sums <= 0).mean(-1), (sums >= 0).mean(-1))
     drawn = n < 2 ** min(effects.shape[-1], 60)
     return np.minimum(1, 2 * ((n * sides + 1) / (n + 1) if drawn else sides))  # the data are one more draw
@@ -81,7 +83,8 @@ def flip_interval(
     seed: int = 0,  # of the drawing
 ) -> tuple[np.ndarray, np.ndarray]:  # [...] lower and upper end; infinite where rows are too few to bound it
     "Find all mean differences that `flip_test` would not refuse: the means of random halves"
-    sums, sizes = sums_of_halves(np.asarray(effects, float), n_draws, seed)
+    effects = np.asarray(effects, float)
+    sums, sizes = sums_of_halves(effects, n_draws, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = np.where(sizes, sums / sizes, np.nan)
     n, drawn = len(sizes), len(sizes) < 2 ** min(effects.shape[-1], 60)
@@ -89,7 +92,7 @@ def flip_interval(
     ends = [np.partition(np.where(sizes, sign * means, -np.inf), k, axis=-1)[..., k] for sign in (1, -1)]
     return ends[0], -ends[1]
 
-# %% ../nbs/65a_verdicts.ipynb #d75900d5
+# %% ../nbs/65a_verdicts.ipynb #27067ae5
 def paired_effects(
     metric: Metric,  # what was counted
     before: np.ndarray,  # [..., n_rows, n_counts] of the base
@@ -103,7 +106,7 @@ def paired_effects(
         return whole
     without = metric.figure(sums[1] - after) - metric.figure(sums[0] - before)  # each row left out once
     effects = whole + (n_rows - 1) * (without.mean(-1, keepdims=True) - without)  # Tukey's pseudo-values, centred
-    return np.where(np.abs(effects) > 1e-12 * np.abs(effects).max(-1, keepdims=True), effects, 0.0)  # 0 but for rounding
+    return np.where(np.abs(effects) > 1e-12 * np.abs(effects).max(-1, keepdims=True), effects, 0.0)  # or rounding
 
 
 def add_up_groups(
@@ -277,7 +280,7 @@ def changed_answers(
         return None
     return int((after[:, 0] > before[:, 0]).sum()), int((after[:, 0] < before[:, 0]).sum())
 
-# %% ../nbs/65a_verdicts.ipynb #a1b6acd6
+# %% ../nbs/65a_verdicts.ipynb #36add798
 def _cautions_of(
     effects: np.ndarray,  # [n_rows]
     n_changed: int,  # effects that are not 0
@@ -290,14 +293,16 @@ def _cautions_of(
                      f"(p = {2 / 2 ** n_rows:.2g})" if n_rows > 1 else "one row says nothing about others")
     elif not n_changed:
         found.append("not one row changed")
-    elif not right_or_wrong and effects.std() > 1e-9:
+    elif not right_or_wrong and effects.std() <= 1e-9:
+        found.append("every row changed by just as much, which is rare: look at the metric")
+    elif not right_or_wrong:
         skew = float((((effects - effects.mean()) / effects.std()) ** 3).mean())
         if abs(skew) / math.sqrt(n_rows) > 0.2:  # where one side errs twice as often as it says, by simulation
             few = "losses" if skew < 0 else "gains"
             found.append(f"a few large {few} stand against many small changes, so {n_rows} rows are few: look at them")
     return found
 
-
+# %% ../nbs/65a_verdicts.ipynb #9fcc0c77
 def weigh_change(
     metric: Metric,  # what was counted
     pair: tuple[np.ndarray, np.ndarray],  # [n_rows, n_counts] of base and tuned; groups are added up

@@ -164,7 +164,8 @@ def test_sacrebleu_finds_the_same_p():
     references = [[" ".join(map(str, line)) for line in wanted]]
     bleu = BLEU(smooth_method="none")
     # sacrebleu's statistics of a sentence: length, reference's length, four matches, four totals
-    counts = [np.array(bleu._extract_corpus_statistics(text, references), float)[:, [*range(2, 10), 0, 1]] for text in texts]
+    counts = [np.array(bleu._extract_corpus_statistics(text, references), float) for text in texts]
+    counts = [each[:, [*range(2, 10), 0, 1]] for each in counts]
     effects = paired_effects(BLEU_4, *counts)
     theirs = bleu.corpus_score(texts[1], references).score - bleu.corpus_score(texts[0], references).score
     assert math.isclose(100 * effects.mean(), theirs, abs_tol=1e-6)
