@@ -27,7 +27,8 @@ from .tokens import encode_record
 __all__ = ['MEASURED', 'PERPLEXITY', 'BITS_PER_BYTE', 'LENGTHS', 'CHOICE_ACCURACY', 'CHOICE_ACCURACY_NORM', 'Continuation',
            'Likelihood', 'measure_likelihoods', 'perplexity_of_counts', 'count_extra', 'text_pieces',
            'join_likelihoods', 'as_extra', 'text_exchanges', 'reference_piece', 'likelihood_extras', 'choice_costs',
-           'choice_accuracy', 'read_choices', 'encode_continuation', 'choice_exchanges', 'completion_accuracy']
+           'choice_accuracy', 'read_choices', 'encode_continuation', 'choice_exchanges', 'completions_right',
+           'completion_accuracy']
 
 # %% ../nbs/64b_likelihood.ipynb #6d50d2bd
 @dataclass(frozen=True)
@@ -318,14 +319,14 @@ def choice_exchanges(
     return exchanges
 
 # %% ../nbs/64b_likelihood.ipynb #3c1c3279
-def completion_accuracy(
+def completions_right(
     model,  # a causal language model, with or without adapters
     tokenizer,  # its tokenizer
     rows: list,  # dicts, or loaded rows, with "prompt" and "completion"
     batch_size: int = 64,  # rows scored at once
     separator: str = " ",  # put between prompt and completion where neither brings white space
-) -> float:  # between 0 and 1
-    "Measure the share of plain-text prompts that a model goes on with exactly as expected"
+) -> list[bool]:  # one a row
+    "Find out which plain-text prompts a model goes on with exactly as expected"
     if not rows:
         raise FinetuningError("there is nothing to score: `rows` is empty; load some with `read_rows`")
     rows = [getattr(row, "data", row) for row in rows]
@@ -334,4 +335,16 @@ def completion_accuracy(
             raise FinetuningError("a completion row needs text in `prompt` and `completion`, got the keys "
                                   f"{sorted(row)}")
     pieces = [encode_continuation(tokenizer, row["prompt"], row["completion"], separator) for row in rows]
-    return sum(each.is_greedy for each in measure_likelihoods(model, pieces, batch_size)) / len(rows)
+    return [each.is_greedy for each in measure_likelihoods(model, pieces, batch_size)]
+
+
+def completion_accuracy(
+    model,  # a causal language model, with or without adapters
+    tokenizer,  # its tokenizer
+    rows: list,  # dicts, or loaded rows, with "prompt" and "completion"
+    batch_size: int = 64,  # rows scored at once
+    separator: str = " ",  # put between prompt and completion where neither brings white space
+) -> float:  # between 0 and 1
+    "Measure the share of plain-text prompts that a model goes on with exactly as expected"
+    right = completions_right(model, tokenizer, rows, batch_size, separator)
+    return sum(right) / len(right)

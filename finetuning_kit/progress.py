@@ -211,11 +211,13 @@ def early_end(
     history: list[dict],  # log points and evaluations, by step
     settings: TrainingConfig,  # its patience and its metric
 ) -> str | None:  # why the run is over; None: it is not
-    "Say whether enough evaluations in a row brought nothing better."
+    "Say whether a watcher ended the run, or enough evaluations in a row brought nothing better."
     metric, n = settings.metric_for_best_model, evals_since_best(history, settings.metric_for_best_model)
+    best, told = best_steps(history, metric, 1), next((entry["ended"] for entry in history if "ended" in entry), None)
+    if told:  # a watcher's word
+        return f"{EARLY}: {told}" + (f"; the best {metric} was at step {best[0]}" if best else "")
     if not settings.early_stopping or n < settings.early_stopping:
         return None
-    best = best_steps(history, metric, 1)
     since = f"the best was step {best[0]}" if best else "none gave a number"
     return f"{EARLY}: {n} evaluation{'s' * (n > 1)} in a row without a better {metric}; {since}"
 

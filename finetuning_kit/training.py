@@ -39,7 +39,7 @@ from .encoding import EncodedRow
 from .speed import fast_paths, settle_speed
 from .standing import plot_run
 from .trainer import check_fit, check_rows, make_trainer, own_forward
-from .watching import Reports, watchers
+from .watching import Reports, hand_over, watchers
 
 # %% ../nbs/60_training.ipynb #208e11ce
 import torch
@@ -261,7 +261,8 @@ def train(
         for note in run.notes:
             progress.emit("note", text=note)
         try:
-            callbacks = [*callbacks, *watchers(run.config, run.tokenizer, rows[1], progress, run.notes)]
+            callbacks = hand_over(callbacks, progress)
+            callbacks += watchers(run.config, run.tokenizer, rows[1], progress, run.notes)
             run_loop(run, progress, rows, checkpoint, callbacks)
             finish_run(run)
             progress.emit("end", step=run.n_steps, status=run.status)

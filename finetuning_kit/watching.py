@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['ROLE', 'TRACKERS', 'Pace', 'Question', 'question_text', 'questions_of', 'Watcher', 'SampleAnswers', 'track_sources',
-           'tracked_rows', 'mean_log_probability', 'Tracks', 'event_numbers', 'public_settings', 'open_tensorboard',
-           'wandb_mode', 'open_wandb', 'open_trackio', 'Reports', 'watchers']
+__all__ = ['ROLE', 'TRACKERS', 'Pace', 'Question', 'question_text', 'questions_of', 'Watcher', 'hand_over', 'SampleAnswers',
+           'track_sources', 'tracked_rows', 'mean_log_probability', 'Tracks', 'event_numbers', 'public_settings',
+           'open_tensorboard', 'wandb_mode', 'open_wandb', 'open_trackio', 'Reports', 'watchers']
 
 # %% ../nbs/57_watching.ipynb #71fe52a2
 from .asking import exact_match, generate_answers, read_answer
@@ -136,6 +136,17 @@ class Watcher(TrainerCallback, ABC):
         "Look at what came out"
         if state.global_step >= state.max_steps and self.looked_at != state.global_step:
             self.look(model, state.global_step, {})
+
+
+def hand_over(
+    callbacks: tuple,  # TrainerCallbacks of the caller
+    progress,  # the run's own callback
+) -> list[TrainerCallback]:  # the same
+    "Let a caller's watchers speak through the run"
+    for each in callbacks:
+        if isinstance(each, Watcher):
+            each.progress = progress
+    return list(callbacks)
 
 # %% ../nbs/57_watching.ipynb #d85eca5b
 class SampleAnswers(Watcher):
