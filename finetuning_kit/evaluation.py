@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'HEADINGS', 'token_f1', 'rouge_scores', 'Evaluation',
-           'to_exchanges', 'evaluate', 'draw_sums', 'paired_bootstrap', 'ScoreChange', 'Comparison', 'score_change',
-           'compare', 'plain_cell', 'samples_table', 'completion_accuracy']
+           'evaluate', 'draw_sums', 'paired_bootstrap', 'ScoreChange', 'Comparison', 'score_change', 'compare',
+           'plain_cell', 'samples_table', 'completion_accuracy']
 
 # %% ../nbs/65_evaluation.ipynb #7348bb18
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from .asking import Answer, exact_match, generate_answers, normalise_answer
-from .formatting import to_messages
+from .asking import Answer, exact_match, normalise_answer
+from .collecting import collect_answers
 from .metrics import Exchange, Metric, count_rows, row_metric
+from .questions import prepare_questions
 from .settings import FinetuningError, markdown_table
-from .tokens import encode_prompt
 
 # %% ../nbs/65_evaluation.ipynb #ade6a8b5
 def token_f1(
@@ -77,6 +78,7 @@ class Evaluation:
     "A model's answers to a question set, and what was counted in each of them"
     exchanges: list[Exchange]  # question, answer wanted, answer given
     metrics: tuple[Metric, ...] = USUAL_METRICS  # what was measured
+    notes: list[str] = field(default_factory=list)  # what a reader of the scores should know
     counts: dict[str, np.ndarray] = field(init=False)  # metric's name -> [n_rows, n_counts]
 
     def __post_init__(self):
@@ -111,49 +113,37 @@ class Evaluation:
         "Scores and rows as plain values, ready for JSON"
         return {"scores": self.scores, "n_rows": len(self.exchanges), "prompts": self.prompts,
                 "references": self.references, "answers": [asdict(answer) for answer in self.answers],
-                "per_row": self.per_row}
+                "per_row": self.per_row, "notes": self.notes}
 
     def __repr__(self) -> str:
         figures = (f"{each.name} {self.scores[each.name]:{'.1%' if each.percent else '.3g'}}" for each in self.metrics)
         return f"Evaluation({len(self.exchanges)} questions: {', '.join(figures)})"
 
 # %% ../nbs/65_evaluation.ipynb #5e86a521
-def to_exchanges(
-    records: list,  # samples or conversations
-    answers: list[Answer],  # one for each
-    extras: list[dict] | None = None,  # the rows' other fields; None: none
-) -> list[Exchange]:  # question, answer wanted, answer given
-    "Put answers beside the questions that they answer"
-    exchanges = []
-    for row, (record, answer) in enumerate(zip(records, answers)):
-        turns = to_messages(record)
-        if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            raise FinetuningError(f"`records[{row}]` must end with an answer of the assistant to compare with")
-        exchanges.append(Exchange(turns[-2]["content"], turns[-1]["content"], answer, tuple(turns[:-1]),
-                                  extras[row] if extras else {}))
-    return exchanges
-
-
 def evaluate(
     model,  # a causal language model, with or without adapters
     tokenizer,  # its tokenizer
-    records: list,  # samples or conversations; each one's last answer is its reference
+    records: list,  # samples, conversations or rows; each one's last answer is its reference
     formatter=None,  # None: the tokenizer's chat template; otherwise the formatter used in training
     max_new_tokens: int = 64,  # tokens an answer may have
-    batch_size: int = 32,  # prompts answered at once
+    batch_size: int = 32,  # prompts answered at once, to begin with
     on_progress: Callable[[int, int], None] | None = None,  # called with (answered, total) after each batch
     metrics: tuple[Metric, ...] = USUAL_METRICS,  # what is measured
-    extras: list[dict] | None = None,  # what the metrics need beside the record, one dict a record
+    extras: list[dict] | None = None,  # what the metrics need beside the record, one dict a record; None: rows' columns
+    keep_in: str | Path | None = None,  # file that keeps each answer at once, and is gone on with; None: none
+    long_prompts: str = "refuse",  # prompts beyond the model's context: "refuse", "drop" or "shorten"
+    on_note: Callable[[str], None] | None = None,  # called with each finding before the first question is asked
 ) -> Evaluation:  # every answer, and what was counted in it
     "Ask a model every question in the form it was trained on, and score its answers"
     if not records:
         raise FinetuningError("there is nothing to evaluate: `records` is empty; load some with `load_records`")
-    blank = to_exchanges(records, [Answer("", 0, False)] * len(records), extras)
-    for metric in metrics:  # what would fail afterwards fails before a model is asked
-        count_rows(metric, blank)
-    prompts = [encode_prompt(tokenizer, record, formatter) for record in records]
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, on_progress)
-    return Evaluation([replace(each, answer=answer) for each, answer in zip(blank, answers)], tuple(metrics))
+    asked = prepare_questions(model, tokenizer, records, formatter, max_new_tokens, metrics, extras, long_prompts)
+    for note in asked.notes if on_note else []:
+        on_note(note)
+    found = collect_answers(
+        model, tokenizer, asked.prompts, max_new_tokens, batch_size, on_progress, keep_in, formatter)
+    exchanges = [replace(each, answer=answer) for each, answer in zip(asked.exchanges, found.answers)]
+    return Evaluation(exchanges, tuple(metrics), asked.notes + found.notes)
 
 # %% ../nbs/65_evaluation.ipynb #61696ea0
 def draw_sums(
