@@ -87,7 +87,7 @@ def model_fingerprint(
                   if isinstance(getattr(module, "scaling", None), dict)]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
-# %% ../nbs/64z_collecting.ipynb #de7906fc
+# %% ../nbs/64z_collecting.ipynb #0c50e55b
 def answers_header(
     model,  # a causal language model, with or without adapters
     tokenizer,  # its tokenizer
@@ -116,7 +116,7 @@ def header_words(
     differ = [name for name in new if old.get(name) != new[name]]
     if "form" in differ or "n_prompts" in differ:  # then the prompts differ for that reason
         differ = [name for name in differ if name != "prompts"]
-    return [HEADER_WORDS.get(name) or f"`{name}` {old.get(name)} instead of {new[name]}" for name in differ]
+    return [HEADER_WORDS.get(name) or f"`{name}` was {old.get(name)} and is {new[name]}" for name in differ]
 
 # %% ../nbs/64z_collecting.ipynb #f84b2f92
 def answer_line(
@@ -145,7 +145,7 @@ def read_lines(
         n_good += len(line) + 1
     return answers, n_good
 
-# %% ../nbs/64z_collecting.ipynb #3b3f7ddf
+# %% ../nbs/64z_collecting.ipynb #56f1691b
 class AnswerFile:
     "Answers on the disk: a line that says whose they are, then a line an answer"
 
@@ -216,8 +216,8 @@ class AnswerFile:
                                   "name another file") from None
         differ = header_words(old, self.header)
         if differ:
-            raise FinetuningError(f"`{self.path}` belongs to {'; to '.join(differ)}; name another file, or remove this one "
-                                  "if its answers are no longer wanted; nothing in it was changed")
+            raise FinetuningError(f"`{self.path}` holds other answers ({'; '.join(differ)}); name another file, or remove "
+                                  "this one if they are no longer wanted; nothing in it was changed")
 
     def write(
         self,

@@ -15,7 +15,8 @@ from .asking import Answer, exact_match
 from .settings import FinetuningError
 
 # %% auto #0
-__all__ = ['Exchange', 'mean_of_counts', 'Metric', 'row_metric', 'missing_needs', 'count_rows']
+__all__ = ['BLEU', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
+           'missing_needs', 'count_rows', 'count_bleu', 'figure_bleu', 'rouge_metric']
 
 # %% ../nbs/64a_metrics.ipynb #1501f497
 @dataclass(frozen=True)
@@ -90,3 +91,42 @@ def count_rows(
                               f"and {len(missing)} of {len(exchanges)} rows lack it, the first is row {missing[0] + 1}; "
                               "add it, or leave the metric out")
     return metric.count(exchanges)
+
+# %% ../nbs/64a_metrics.ipynb #ce7c6100
+def count_bleu(
+    exchanges: list[Exchange],  # with their references
+) -> np.ndarray:  # [n_rows, 10]: words given, words wanted, n-grams in common, n-grams given
+    "Let sacrebleu count in every row"
+    from sacrebleu.metrics import BLEU as Scorer
+
+    texts, references = [each.text for each in exchanges], [each.reference for each in exchanges]
+    rows = Scorer(force=True)._extract_corpus_statistics(texts, [references]) if exchanges else []
+    return np.array(rows, float).reshape(-1, 10)
+
+
+def figure_bleu(
+    counts: np.ndarray,  # [..., 10]
+) -> np.ndarray:  # [...], 0 to 100
+    "Let sacrebleu compute the corpus score"
+    from sacrebleu.metrics import BLEU as Scorer
+
+    return np.apply_along_axis(lambda row: Scorer()._compute_score_from_stats([int(n) for n in row]).score, -1, counts)
+
+
+def rouge_metric(
+    kind: str,  # "rouge1", "rouge2", "rougeL"
+) -> Metric:  # the mean of the rows' F-measures
+    "Measure ROUGE with rouge-score"
+    def count(exchanges):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([kind])
+        return np.array([[scorer.score(each.reference, each.text)[kind].fmeasure, 1] for each in exchanges]).reshape(-1, 2)
+
+    return Metric(kind.lower(), "words in common, F-measure of each answer", count)
+
+
+BLEU = Metric("bleu", "phrases of one to four words in common, 0 to 100", count_bleu, figure_bleu, percent=False)
+ROUGE_1, ROUGE_2, ROUGE_L = rouge_metric("rouge1"), rouge_metric("rouge2"), rouge_metric("rougeL")
+ACCURACY = row_metric("accuracy", "answers with the label wanted", lambda each: exact_match(
+    each.text, each.reference, "squad"))
