@@ -31,7 +31,7 @@ from .runs import disk_guard, sync_folder
 from .settings import FinetuningError
 from .tokens import uses_template
 
-# %% ../nbs/64z_collecting.ipynb #75e9bff8
+# %% ../nbs/64z_collecting.ipynb #38fa606e
 def adapter_names(
     model,  # any model
 ) -> set[str]:  # such as "lora_A"; empty for a model without adapters
@@ -51,13 +51,15 @@ def acting_weights(
     active = set(model.active_adapters) if hasattr(model, "peft_config") else set()
     is_off = getattr(model, "_adapters_disabled", False) or any(
         getattr(module, "_disable_adapters", False) is True for module in model.modules())
-    for name, weight in model.named_parameters():
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    encoder = getattr(model, "prompt_encoder", torch.nn.Module())  # of prefix, prompt and P-tuning
+    for name, weight in [*inner.named_parameters(), *encoder.named_parameters("prompt_encoder")]:
         parts = name.split(".")
         if not own.isdisjoint(parts):
             if not is_off and not active.isdisjoint(parts):
                 yield f"adapter {name}", weight
         else:
-            parts = [part for part in parts if part not in ("base_layer", "original_module", "base_model")]
+            parts = [part for part in parts if part not in ("base_layer", "original_module")]
             yield ".".join(parts), weight
 
 # %% ../nbs/64z_collecting.ipynb #fd893fe7

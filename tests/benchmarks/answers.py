@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from finetuning_kit.asking import plain_greedy
+from finetuning_kit.asking import pad_left, plain_greedy
 from finetuning_kit.collecting import collect_answers
 from finetuning_kit.loading import load_records
 from finetuning_kit.machine import probe_machine
@@ -80,7 +80,8 @@ def weigh(model, exact, prompts, alone, together) -> dict:
         at = next((n for n, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))
         ids = torch.tensor([prompt + a[:at]])
         logits, true = model(ids).logits[0, -1].float(), exact(ids).logits[0, -1]
-        several = model(ids.repeat(16, 1)).logits[0, -1].float()
+        padded, mask = pad_left([prompt + a[:at]] * 16 + [[0] * (len(prompt) + at + 8)], 0)
+        several = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0)).logits[0, -1].float()
         shifts.append((logits - several).abs().max().item())
         best = logits.topk(2)
         gaps.append((best.values[0] - best.values[1]).item())
