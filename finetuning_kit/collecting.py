@@ -18,7 +18,7 @@ import torch
 
 # %% auto #0
 __all__ = ['HEADER_WORDS', 'adapter_names', 'acting_weights', 'weight_sums', 'model_fingerprint', 'answers_header',
-           'header_words', 'check_header', 'answer_line', 'read_lines', 'HeldFile', 'AnswerFile', 'try_batch',
+           'header_words', 'check_owner', 'answer_line', 'read_lines', 'HeldFile', 'AnswerFile', 'try_batch',
            'ask_in_portions', 'Collected', 'collect_answers']
 
 # %% ../nbs/64z_collecting.ipynb #6a47e589
@@ -107,7 +107,7 @@ def answers_header(
             "form": form, "max_new_tokens": max_new_tokens,
             "stop_tokens": stop_token_ids(tokenizer), "decoding": "greedy"}
 
-# %% ../nbs/64z_collecting.ipynb #3f3e2183
+# %% ../nbs/64z_collecting.ipynb #1db3198b
 HEADER_WORDS = {"model": "another model, or another adapter on it", "prompts": "other questions",
                 "n_prompts": "another number of questions", "form": "questions in another form",
                 "stop_tokens": "other stop tokens", "decoding": "another decoding"}
@@ -124,7 +124,7 @@ def header_words(
     return [HEADER_WORDS.get(name) or f"`{name}` was {old.get(name)} and is {new[name]}" for name in differ]
 
 
-def check_header(
+def check_owner(
     path: Path,  # the file, for the message
     head: bytes,  # its first line
     wanted: dict,  # the header that it should have
@@ -208,7 +208,7 @@ class HeldFile:
     def __exit__(self, *_):
         self.file.close()
 
-# %% ../nbs/64z_collecting.ipynb #4e248efc
+# %% ../nbs/64z_collecting.ipynb #71509ac2
 class AnswerFile(HeldFile):
     "Answers on the disk: a line that says whose they are, then a line an answer"
 
@@ -235,7 +235,7 @@ class AnswerFile(HeldFile):
             self.write(begun + b"\n")
             sync_folder(self.path.parent)
             return {}
-        check_header(self.path, head, self.header)
+        check_owner(self.path, head, self.header)
         answers, n_good = read_lines(body, self.header["n_prompts"])
         if n_good < len(body):
             self.notes.append(f"`{self.path.name}` was torn after {len(answers)} answers, probably by a kill; "
