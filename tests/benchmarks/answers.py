@@ -16,6 +16,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -114,6 +115,7 @@ def main() -> None:
             began = time.process_time()
             ids[name] = ask()
             seconds[name].append(time.process_time() - began)
+            print(f"  {name}: {seconds[name][-1]:.1f} CPU s", file=sys.stderr, flush=True)
     notes = {name: weigh(models[name[0]], exact, prompts, ids[name[0], 0], ids[name]) for name in contestants if name[1]}
     show(options, prompts, seconds, ids, notes)
 
