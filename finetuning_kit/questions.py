@@ -16,14 +16,14 @@ __all__ = ['SUITED', 'LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSe
            'repeat_notes', 'room_notes', 'context_length', 'shorten_prompt', 'fit_prompts', 'encode_questions',
            'try_metric', 'prepare_questions']
 
-# %% ../nbs/64y_questions.ipynb #2343050a
+# %% ../nbs/64y_questions.ipynb #423c69b3
 from .asking import Answer
 from .formatting import DatasetFormatter, to_messages
 from .lengths import cut_prompt
 from .loading import iter_records
 from .methods import virtual_positions
 from .metrics import Exchange, Metric, missing_needs
-from .models import check_vocabulary
+from .models import check_vocabulary, quiet_libraries
 from .records import Message, Place, Row, TrainingSample
 from .settings import FinetuningError
 from .tokens import encode_batch, encode_prompt, uses_template
@@ -168,7 +168,7 @@ def suit_notes(
                      "`token_f1` suits free text")
     return notes
 
-# %% ../nbs/64y_questions.ipynb #bc988e52
+# %% ../nbs/64y_questions.ipynb #47e3a041
 def repeat_notes(
     asked: QuestionSet,  # encoded
 ) -> list[str]:  # a sentence, or nothing
@@ -192,7 +192,8 @@ def room_notes(
 ) -> list[str]:  # a sentence, or nothing
     "Note answers wanted that are longer than an answer may become"
     wanted = [each.reference or "" for each in asked.exchanges]
-    lengths = [len(ids) + 1 for ids in tokenizer(wanted, add_special_tokens=False)["input_ids"]] if wanted else []
+    with quiet_libraries():  # a long text is no news here
+        lengths = [len(ids) + 1 for ids in tokenizer(wanted, add_special_tokens=False)["input_ids"]] if wanted else []
     long = [n for n, length in enumerate(lengths) if length > max_new_tokens]
     return [f"the answer wanted does not fit into `max_new_tokens` {max_new_tokens}: {asked.which(long)}; "
             f"{max(lengths)} would hold the longest"] if long else []
