@@ -8,22 +8,25 @@ __all__ = ['TEXT_NAMES', 'text_columns_of', 'records_from', 'LoadedModel', 'Data
 
 # %% ../nbs/76_finetuner.ipynb #bf39eec4
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 # %% ../nbs/76_finetuner.ipynb #df5abebb
 from .config import FineTuningConfig, LoRAConfig
 from .metrics import rouge_scores
-from .asking import generate_answers
+from .familiar import AGAINST, LabelledScores
+from .collecting import collect_answers
 from .loading import load_records
 from .machine import precision_of, resolve_config
 from .methods import add_lora
 from .models import get_target_modules, load_model, load_tokenizer
+from .questions import prepare_questions
 from .reading import read_rows
 from .records import Document
 from .runs import RunFolder
 from .settings import FinetuningError
 from .encoding import EncodedRow
-from .tokens import encode_prompt, encode_records, to_dataset
+from .tokens import encode_records, to_dataset
 from .training import train
 
 # %% ../nbs/76_finetuner.ipynb #8eade428
@@ -173,13 +176,17 @@ class LLMFineTuner(AdapterSteps):
         test_prompts: list[str],  # questions
         use_finetuned: bool = False,  # True: ask the tuned model; False: the base
         references: list[str] | None = None,  # right answers; None: the base model's own answers
-    ) -> dict[str, float]:  # rouge1, rouge2, rougeL, each between 0 and 1
-        "Compare answers with references; without any, measure how close the answers stay to the base's"
+    ) -> LabelledScores:  # rouge1, rouge2, rougeL, each between 0 and 1; `against` says what it was compared with
+        "Compare answers with references; without any, measure how close the answers stay to the base's, and say so"
         self._need("model", "load_model")
         if use_finetuned:
             self._need("peft_model", "setup_lora")
+        if references is not None and len(references) != len(test_prompts):
+            raise FinetuningError(f"`references` has {len(references)} rows for {len(test_prompts)} prompts; "
+                                  "give one right answer a prompt")
         answers = self._answers(test_prompts, use_finetuned)
-        return rouge_scores(answers, references or self._answers(test_prompts, False))
+        wanted = references or (self._answers(test_prompts, False) if use_finetuned else answers)
+        return LabelledScores(rouge_scores(answers, wanted), AGAINST[references is not None])
 
     def upload_to_huggingface(
         self,
@@ -200,12 +207,10 @@ class LLMFineTuner(AdapterSteps):
                           commit_message="Upload a LoRA adapter")
 
     def _answers(self, prompts, use_finetuned):
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        if use_finetuned or self.peft_model is None:
-            model = self.peft_model if use_finetuned else self.model
-            return [answer.text for answer in generate_answers(model, self.tokenizer, ids)]
-        with self.peft_model.disable_adapter():
-            return [answer.text for answer in generate_answers(self.peft_model, self.tokenizer, ids)]
+        model = self.model if self.peft_model is None else self.peft_model
+        with nullcontext() if use_finetuned or self.peft_model is None else model.disable_adapter():
+            asked = prepare_questions(model, self.tokenizer, prompts)
+            return [answer.text for answer in collect_answers(model, self.tokenizer, asked.prompts).answers]
 
 # %% ../nbs/76_finetuner.ipynb #a8f7b9d8
 def get_user_input(

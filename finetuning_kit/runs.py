@@ -34,6 +34,7 @@ FULL_WORDS = ("No space left", "os error 28", "os error 27", "os error 122", "fa
 def disk_guard(
     path: str | Path,  # what is being written
     n_bytes: int = 0,  # how much it will take, roughly
+    cure: str = "go on with the run: `resume` set to auto",  # what to do when there is room again
 ):  # use as `with disk_guard(path):`
     "Turn a full disk into one sentence: what was written, what it needs, what is free."
     try:
@@ -45,7 +46,7 @@ def disk_guard(
         free = shutil.disk_usage(home).free
         raise FinetuningError(
             f"the disk is full: `{path}` needs about {max(n_bytes, 1) / 2**20:,.2f} MiB, {free / 2**20:,.2f} MiB are "
-            "free; what was saved before is whole: make room, then go on with the run: `resume` set to auto") from error
+            f"free; what was saved before is whole: make room, then {cure}") from error
 
 # %% ../nbs/48_runs.ipynb #d09676a5
 def sync_folder(
