@@ -15,8 +15,8 @@ __all__ = ['BETS', 'bet_on_gains', 'evidence_of', 'Look', 'GainTest', 'look_word
            'planned_looks', 'GainWatch']
 
 # %% ../nbs/65c_peeking.ipynb #c152e20f
-from .evaluation import EXACT_MATCH, evaluate
-from .metrics import Metric
+from .evaluation import evaluate
+from .metrics import EXACT_MATCH, Metric
 from .settings import FinetuningError
 from .verdicts import amount_words
 from .watching import Watcher

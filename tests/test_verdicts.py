@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from finetuning_kit.asking import Answer
-from finetuning_kit.evaluation import EXACT_MATCH, Evaluation, compare
+from finetuning_kit.evaluation import Evaluation, compare
 from finetuning_kit.gates import KNOWLEDGE, RunNoise, clear_bar, gate_of
 from finetuning_kit.loading import load_records
-from finetuning_kit.metrics import Exchange, Metric, row_metric
+from finetuning_kit.metrics import EXACT_MATCH, Exchange, Metric, row_metric
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.peeking import GainTest, GainWatch, bet_on_gains, evidence_of
 from finetuning_kit.profiles import demo_config
