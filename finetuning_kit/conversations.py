@@ -216,8 +216,8 @@ def diversity(
         return np.array([[sum(times / of_all[group] for group, times in row.items()), row.total()]
                          for row in groups], dtype=float).reshape(-1, 2)
 
-    return Metric(f"distinct_{n}", f"groups of {n} words that differ, of all in the set", count, better="neither",
-                  needs=())
+    return Metric("diversity" + f"_{n}" * (n != 2), f"groups of {n} words that differ, of all in the set", count,
+                  better="neither", needs=())
 
 
 DIVERSITY = diversity()

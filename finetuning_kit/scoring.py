@@ -16,6 +16,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .code_metrics import COMPLETION_EXACT, EDIT_SIMILARITY, PATTERN_CONSISTENCY, SYNTAX_VALIDITY
+from .conversations import CONVERSATION_FLOW, DIVERSITY, TURN_COHERENCE
+from .instructions import ADHERENCE, COMPLETION_RATE
 from .likelihood import BITS_PER_BYTE, CHOICE_ACCURACY, CHOICE_ACCURACY_NORM, PERPLEXITY
 from .metrics import (
     ACCURACY, BLEU, CHRF, DISTINCT_1, DISTINCT_1_ROW, DISTINCT_2, DISTINCT_2_ROW, EXACT_MATCH, LENGTH, LENGTH_RATIO,
@@ -28,7 +31,9 @@ from .settings import FinetuningError, markdown_table
 _KNOWN = (  # all that need no options; a new metric is one more entry
     EXACT_MATCH, TOKEN_F1, ACCURACY, MACRO_F1, BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L,
     STOP_RATE, LENGTH, LENGTH_RATIO, REPETITION, DISTINCT_1, DISTINCT_2, DISTINCT_1_ROW, DISTINCT_2_ROW,
-    PERPLEXITY, BITS_PER_BYTE, CHOICE_ACCURACY, CHOICE_ACCURACY_NORM)
+    PERPLEXITY, BITS_PER_BYTE, CHOICE_ACCURACY, CHOICE_ACCURACY_NORM,
+    DIVERSITY, TURN_COHERENCE, CONVERSATION_FLOW, ADHERENCE, COMPLETION_RATE,
+    SYNTAX_VALIDITY, COMPLETION_EXACT, EDIT_SIMILARITY, PATTERN_CONSISTENCY)
 METRICS = {metric.name: metric for metric in _KNOWN}
 OTHER_NAMES = {  # as people write it -> as the table has it
     "f1": "token_f1", "em": "exact_match", "acc": "accuracy", "rouge_1": "rouge1", "rouge_2": "rouge2",
@@ -153,9 +158,12 @@ def check_metrics(
 
 # %% ../nbs/64k_scoring.ipynb #348878ec
 TASK_METRICS = {  # task -> names in `METRICS`
-    "chat": ("token_f1", "rougel", "distinct_1_row", "repetition", "length_ratio", "stop_rate"),
-    "code": ("exact_match", "chrf", "length_ratio", "stop_rate"),
-    "instruct": ("exact_match", "token_f1", "rougel", "chrf", "repetition", "length_ratio", "stop_rate"),
+    "chat": ("diversity", "turn_coherence", "conversation_flow", "token_f1", "rougel", "repetition", "length_ratio",
+             "stop_rate"),
+    "code": ("syntax_validity", "completion_exact", "edit_similarity", "pattern_consistency",
+             "exact_match", "chrf", "length_ratio", "stop_rate"),
+    "instruct": ("adherence", "completion_rate", "exact_match", "token_f1", "rougel", "chrf", "repetition",
+                 "length_ratio", "stop_rate"),
     "domain": ("token_f1", "rougel", "chrf", "perplexity", "bits_per_byte", "stop_rate"),
     "custom": tuple(metric.name for metric in USUAL_METRICS)}
 

@@ -13,7 +13,7 @@ from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.records import Conversation
 
 METRICS = (CONVERSATION_FLOW, TURN_COHERENCE, DIVERSITY)
-MUST_FALL = {("swapped", "turn_coherence"): 0.2, ("collapsed", "turn_coherence"): 0.2, ("collapsed", "distinct_2"): 0.5,
+MUST_FALL = {("swapped", "turn_coherence"): 0.2, ("collapsed", "turn_coherence"): 0.2, ("collapsed", "diversity"): 0.5,
              ("repeated", "turn_coherence"): 0.1, ("repeated", "conversation_flow"): 0.6,
              ("cut off", "conversation_flow"): 0.9, ("other role", "conversation_flow"): 0.9}
 
@@ -42,7 +42,7 @@ def test_metric_falls_when_answers_are_spoilt(right, how, name):
 
 def test_compare_draws_an_interval_for_each(right):
     table = compare(Evaluation(spoil(right, "collapsed"), METRICS), Evaluation(right, METRICS))
-    for name in ("turn_coherence", "distinct_2"):
+    for name in ("turn_coherence", "diversity"):
         assert 0 < table.changes[name].low < table.changes[name].difference < table.changes[name].high
 
 
