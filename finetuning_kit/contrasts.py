@@ -13,8 +13,8 @@ import re
 import numpy as np
 
 # %% auto #0
-__all__ = ['N_WORDS', 'INK', 'CURVES', 'shown_text', 'word_diff', 'cut_words', 'diff_html', 'svg', 'clean_axes', 'draw_intervals',
-           'draw_gains', 'draw_lengths', 'draw_curves']
+__all__ = ['N_WORDS', 'INK', 'CURVES', 'shown_text', 'word_diff', 'cut_words', 'diff_html', 'svg', 'label_text', 'clean_axes',
+           'draw_intervals', 'draw_gains', 'draw_lengths', 'draw_curves']
 
 # %% ../nbs/65g_contrasts.ipynb #6f7fd65b
 from .marks import visible
@@ -98,7 +98,17 @@ def svg(
     label = f'<svg role="img" aria-label="{html.escape(title)}" class="ftk-picture"'
     return text.replace("<svg", label, 1).replace(INK, "currentColor")
 
-# %% ../nbs/65g_contrasts.ipynb #a9fb69f4
+# %% ../nbs/65g_contrasts.ipynb #9b6a395c
+def label_text(
+    text: str,  # a name that somebody chose
+    n_letters: int = 28,  # the rest is cut
+) -> str:  # one line that matplotlib shows as it is
+    "Make a name fit to stand in a picture"
+    text = visible(" ".join(str(text).split()))
+    text = text if len(text) <= n_letters else text[:n_letters - 1] + "…"
+    return text.replace("$", r"\$").replace("_", " ")
+
+
 def clean_axes(
     axes,  # a panel
     title: str = "",  # above it
@@ -111,13 +121,13 @@ def clean_axes(
     axes.grid(alpha=0.22)
     axes.set_axisbelow(True)
 
-# %% ../nbs/65g_contrasts.ipynb #fcd60fb0
+# %% ../nbs/65g_contrasts.ipynb #b12ce1ad
 def _draw_group(axes, lines, unit):
     scale = 100 if unit == "points" else 1
     for place, (name, middle, low, high, _, colour) in enumerate(reversed(lines)):
         axes.plot([scale * low, scale * high], [place, place], color=colour, lw=3, alpha=0.55, solid_capstyle="butt")
         axes.plot([scale * middle], [place], "o", color=colour, ms=5)
-    axes.set_yticks(range(len(lines)), [line[0].replace("_", " ") for line in reversed(lines)])
+    axes.set_yticks(range(len(lines)), [label_text(line[0]) for line in reversed(lines)])
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.margins(x=0.08)
     axes.set_xlabel(unit, fontsize=8, color=INK)
@@ -131,19 +141,20 @@ def draw_intervals(
     "Draw one interval a metric"
     from matplotlib.figure import Figure
 
-    groups = [group for group in ([line for line in lines if line[4]], *([line] for line in lines if not line[4])) if group]
+    shares = [line for line in lines if line[4]]
+    groups = [shares] * bool(shares) + [[line] for line in lines if not line[4]]
     height = 0.26 * len(lines) + 0.55 * len(groups) + 0.3
     figure = Figure(figsize=(4.6, height))
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(group) + 0.3 for group in groups])[:, 0]
     figure.subplots_adjust(left=0.28, right=0.97, top=1 - 0.28 / height, bottom=0.4 / height, hspace=1.2)
     for number, (axes, group) in enumerate(zip(panels, groups)):
-        _draw_group(axes, group, ("points" if zero else "per cent") if group[0][4] else group[0][0].replace("_", " "))
+        _draw_group(axes, group, ("points" if zero else "per cent") if group[0][4] else "")
         clean_axes(axes, title if number == 0 else "")
         if zero:
             axes.axvline(0, color=INK, lw=0.8)
     return figure
 
-# %% ../nbs/65g_contrasts.ipynb #72077ec6
+# %% ../nbs/65g_contrasts.ipynb #ede5bccc
 def _bars(axes, names, counts, colours):
     axes.bar(names, counts, color=colours, alpha=0.75, width=0.6)
     for place, n in enumerate(counts):
@@ -174,10 +185,10 @@ def draw_gains(
             middle = bar.get_x() + bar.get_width() / 2
             bar.set_color(GREY if abs(middle) < edge / 22 else BLUE if middle > 0 else ORANGE)
         axes.set_xlabel("points gained" if percent else "gained", fontsize=8, color=INK)
-    clean_axes(axes, f"rows by their change in {name.replace('_', ' ')}")
+    clean_axes(axes, f"rows by their change in {label_text(name)}")
     return figure
 
-# %% ../nbs/65g_contrasts.ipynb #f32c848c
+# %% ../nbs/65g_contrasts.ipynb #d926cd4e
 def draw_lengths(
     lengths: dict[str, list[int]],  # whose answers -> words in each of them
 ):  # a matplotlib Figure
@@ -191,13 +202,13 @@ def draw_lengths(
     bins = np.linspace(0, top, int(min(top, 24)) + 1)
     for (name, values), colour in zip(lengths.items(), (GREY, ORANGE, BLUE)[-len(lengths):]):
         counts, _ = np.histogram(np.minimum(values, top), bins)
-        axes.stairs(counts, bins, color=colour, lw=1.6, label=name, fill=False)
+        axes.stairs(counts, bins, color=colour, lw=1.6, label=label_text(name), fill=False)
     clean_axes(axes, "words in an answer")
     axes.set_xlabel("words", fontsize=8, color=INK)
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return figure
 
-# %% ../nbs/65g_contrasts.ipynb #7df7e494
+# %% ../nbs/65g_contrasts.ipynb #f7929f28
 CURVES = {"loss": "training loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
 
 
@@ -219,8 +230,9 @@ def draw_curves(
             continue
         steps, values = zip(*points)
         values = smoothed(values) if name == "loss" else values
-        axes.plot(steps, values, color=colour, lw=1.6, marker="o" if len(steps) < 12 else "", ms=3.5, label=run)
-    clean_axes(axes, CURVES.get(name, name.replace("_", " ")))
+        marker = "o" if len(steps) < 12 else ""
+        axes.plot(steps, values, color=colour, lw=1.6, marker=marker, ms=3.5, label=label_text(run))
+    clean_axes(axes, CURVES.get(name, label_text(name)))
     axes.set_xlabel("optimizer step", fontsize=8, color=INK)
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return figure
