@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 'amount_words', 'line_verdict', 'ScoreLine', 'AnswerRow',
+__all__ = ['SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 'score_words', 'line_verdict', 'ScoreLine', 'AnswerRow',
            'plain_number', 'score_lines', 'Scorecard', 'answer_rows', 'to_scorecard', 'row_gain', 'notable_rows',
            'scorecard_dict', 'load_scorecard', 'table_of', 'scorecard_text', 'scorecard_markdown', 'card_pictures',
            'table_html', 'row_html', 'gate_html', 'card_html', 'scorecard_page', 'picture_tag', 'save_scorecard']
@@ -31,8 +31,8 @@ from .runs import RunFiles
 from .settings import FinetuningError, markdown_table
 from .standing import BLUE, GREY, ORANGE
 
-# %% ../nbs/65h_scorecards.ipynb #025cc64f
-def amount_words(
+# %% ../nbs/65h_scorecards.ipynb #a2ad684c
+def score_words(
     value: float | None,  # a score or a difference; None: there is none
     percent: bool,  # whether it is a share
     sign: bool = False,  # True: a difference, with its sign, shares in points
@@ -51,17 +51,17 @@ def line_verdict(
     n_rows: int,  # questions asked
 ) -> tuple[str, str]:  # "better", "worse", "higher", "lower" or "no real difference"; a sentence
     "Say in words what a difference and its interval mean"
-    low, high = (amount_words(end, metric.percent, sign=True) for end in (change.low, change.high))
+    low, high = (score_words(end, metric.percent, sign=True) for end in (change.low, change.high))
     unit = " points" if metric.percent else ""
     if not change.low > 0 and not change.high < 0:
         return "no real difference", f"{n_rows} questions cannot tell it from none: {low} to {high}{unit}"
     up = change.low > 0
     words = ("higher", "lower") if metric.better == "neither" else ("better", "worse")
     verdict = words[(not up) if metric.better != "lower" else up]
-    size = amount_words(change.difference, metric.percent, sign=True)
+    size = score_words(change.difference, metric.percent, sign=True)
     return verdict, f"{verdict} by {size.lstrip('+-')}{unit}, between {low} and {high}"
 
-# %% ../nbs/65h_scorecards.ipynb #0c84afa0
+# %% ../nbs/65h_scorecards.ipynb #bd88d2e9
 @dataclass(frozen=True)
 class ScoreLine:
     "One metric in a report"
@@ -86,7 +86,7 @@ class ScoreLine:
         "The interval as text"
         if self.low is None or self.high is None:
             return "–"
-        return " to ".join(amount_words(end, self.percent, len(self.figures) == 2) for end in (self.low, self.high))
+        return " to ".join(score_words(end, self.percent, len(self.figures) == 2) for end in (self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def score_lines(
                                *map(plain_number, ends), metric.percent, metric.better, "", ""))
     return lines
 
-# %% ../nbs/65h_scorecards.ipynb #77e84ed3
+# %% ../nbs/65h_scorecards.ipynb #6a899339
 @dataclass
 class Scorecard:
     "A report of an evaluation, or of two"
@@ -148,7 +148,7 @@ class Scorecard:
         first = self.lines[0]
         name, names = first.metric.replace("_", " "), [visible(name) for name in self.names]
         if len(names) == 1:
-            figure = amount_words(first.figures[0], first.percent)
+            figure = score_words(first.figures[0], first.percent)
             return f"{names[0]}: {name} {figure} ({first.interval}) on {len(self.rows)} questions"
         return f"{names[1]} against {names[0]}, {name}: {first.words}"
 
@@ -243,7 +243,7 @@ def load_scorecard(
 
 Scorecard.to_dict = scorecard_dict
 
-# %% ../nbs/65h_scorecards.ipynb #eba52b2c
+# %% ../nbs/65h_scorecards.ipynb #4b72b926
 def table_of(
     card: Scorecard,  # any report
 ) -> tuple[list[str], list[list[str]]]:  # headings, and a row a metric
@@ -252,8 +252,8 @@ def table_of(
     heads = ["metric", *map(visible, card.names), *["difference"] * two, "95 % interval", *["verdict"] * two]
     rows = []
     for line in card.lines:
-        figures = [amount_words(each, line.percent) for each in line.figures]
-        extra = [amount_words(line.difference, line.percent, sign=True)] * two
+        figures = [score_words(each, line.percent) for each in line.figures]
+        extra = [score_words(line.difference, line.percent, sign=True)] * two
         rows.append([line.metric.replace("_", " "), *figures, *extra, line.interval, *[line.verdict] * two])
     return heads, rows
 
