@@ -49,7 +49,7 @@ def word_diff(
         pieces += [("same", new)] if kind == "equal" else [("missing", old)] * bool(old) + [("added", new)] * bool(new)
     return pieces
 
-# %% ../nbs/65g_contrasts.ipynb #c26030fc
+# %% ../nbs/65g_contrasts.ipynb #b6610b1e
 N_WORDS = 300  # words of a text that are compared; comparing takes the product of both lengths
 
 
@@ -74,8 +74,10 @@ def diff_html(
         return shown_text(cut_words(given))
     parts, tags = [], {"same": "{}", "added": "<ins>{}</ins>", "missing": "<del>{}</del>"}
     for kind, text in word_diff(*map(cut_words, (wanted, given))):
-        gap = " " * bool(parts and kind != "same" and not parts[-1][-1:].isspace())
-        parts += [gap, tags[kind].format(shown_text(text))]
+        core = text.strip() if kind != "same" else text
+        before, _, behind = text.partition(core) if core else ("", "", text)
+        gap = " " * bool(parts and kind != "same" and not (parts[-1] + before)[-1:].isspace())
+        parts.append(gap + before + (tags[kind].format(shown_text(core)) if core else "") + behind)
     return "".join(parts).strip()
 
 # %% ../nbs/65g_contrasts.ipynb #fb2a0994
@@ -98,13 +100,13 @@ def svg(
     label = f'<svg role="img" aria-label="{html.escape(title)}" class="ftk-picture"'
     return text.replace("<svg", label, 1).replace(INK, "currentColor")
 
-# %% ../nbs/65g_contrasts.ipynb #9b6a395c
+# %% ../nbs/65g_contrasts.ipynb #3569e4ad
 def label_text(
     text: str,  # a name that somebody chose
     n_letters: int = 28,  # the rest is cut
 ) -> str:  # one line that matplotlib shows as it is
     "Make a name fit to stand in a picture"
-    text = visible(" ".join(str(text).split()))
+    text = visible(" ".join(str(text).split())) or "–"
     text = text if len(text) <= n_letters else text[:n_letters - 1] + "…"
     return text.replace("$", r"\$").replace("_", " ")
 

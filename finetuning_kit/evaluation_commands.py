@@ -289,7 +289,7 @@ def joined_verdict(
         reasons.append(f"{line.metric}: {word}; {line.interval} points, where {-100 * budget:+.1f} is allowed")
     return {"exit_code": 1 if 1 in codes else max(codes), "reasons": reasons}
 
-# %% ../nbs/79a_evaluation_commands.ipynb #e11bd386
+# %% ../nbs/79a_evaluation_commands.ipynb #c6f77f3d
 def hand_over(
     card,  # a `Scorecard`
     options: dict,  # what the command line gave
@@ -313,7 +313,7 @@ def hand_over(
     elif "output" in options:
         screen.line("", "nothing was kept; name a folder with --output")
 
-
+# %% ../nbs/79a_evaluation_commands.ipynb #7baa0f5f
 def run_evaluate(
     options: dict,  # what the command line gave
 ) -> int:  # 0

@@ -18,7 +18,8 @@ import numpy as np
 __all__ = ['SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 'score_words', 'line_verdict', 'ScoreLine', 'AnswerRow',
            'plain_number', 'score_lines', 'Scorecard', 'answer_rows', 'to_scorecard', 'row_gain', 'notable_rows',
            'scorecard_dict', 'load_scorecard', 'table_of', 'scorecard_text', 'scorecard_markdown', 'card_pictures',
-           'table_html', 'row_html', 'gate_html', 'card_html', 'scorecard_page', 'picture_tag', 'save_scorecard']
+           'table_html', 'row_html', 'gate_html', 'run_row', 'card_html', 'scorecard_page', 'picture_tag',
+           'save_scorecard']
 
 # %% ../nbs/65h_scorecards.ipynb #5d14c13c
 from .census import png
@@ -126,7 +127,7 @@ def score_lines(
                                *map(plain_number, ends), metric.percent, metric.better, "", ""))
     return lines
 
-# %% ../nbs/65h_scorecards.ipynb #6a899339
+# %% ../nbs/65h_scorecards.ipynb #91edab6d
 @dataclass
 class Scorecard:
     "A report of an evaluation, or of two"
@@ -146,7 +147,7 @@ class Scorecard:
         if not self.lines:
             return self.notes[0] if self.notes else "nothing was measured"
         first = self.lines[0]
-        name, names = first.metric.replace("_", " "), [visible(name) for name in self.names]
+        name, *names = (visible(name) for name in (first.metric.replace("_", " "), *self.names))
         if len(names) == 1:
             figure = score_words(first.figures[0], first.percent)
             return f"{names[0]}: {name} {figure} ({first.interval}) on {len(self.rows)} questions"
@@ -243,7 +244,7 @@ def load_scorecard(
 
 Scorecard.to_dict = scorecard_dict
 
-# %% ../nbs/65h_scorecards.ipynb #4b72b926
+# %% ../nbs/65h_scorecards.ipynb #7b729dc7
 def table_of(
     card: Scorecard,  # any report
 ) -> tuple[list[str], list[list[str]]]:  # headings, and a row a metric
@@ -254,7 +255,7 @@ def table_of(
     for line in card.lines:
         figures = [score_words(each, line.percent) for each in line.figures]
         extra = [score_words(line.difference, line.percent, sign=True)] * two
-        rows.append([line.metric.replace("_", " "), *figures, *extra, line.interval, *[line.verdict] * two])
+        rows.append([visible(line.metric.replace("_", " ")), *figures, *extra, line.interval, *[line.verdict] * two])
     return heads, rows
 
 
@@ -279,7 +280,7 @@ def scorecard_markdown(
 
     names, (heads, rows) = [safe(name) for name in card.names], table_of(card)
     parts = [f"**{html.escape(safe(card.headline, 300))}**"]
-    parts += [markdown_table(list(map(safe, heads)), rows)] if rows else []
+    parts += [markdown_table(list(map(safe, heads)), [list(map(safe, row)) for row in rows])] if rows else []
     parts += ["\n".join(f"- {html.escape(safe(note, 400))}" for note in card.notes)] if card.notes else []
     cells = [(kind, *map(safe, (row.prompt, "–" if row.reference is None else row.reference, *row.answers)))
              for kind, (_, rows) in notable_rows(card, n).items() for row in rows]
@@ -319,7 +320,7 @@ def card_pictures(
     curves = {title: draw_curves(histories, name) for name, title in CURVES.items()}
     return found | {title: figure for title, figure in curves.items() if figure is not None}
 
-# %% ../nbs/65h_scorecards.ipynb #fca78164
+# %% ../nbs/65h_scorecards.ipynb #e40fcc62
 LOOK_OF_CARD = """<style>
 .ftk-card {--ink: #1d2329; --soft: #5d6670; --line: #8883; --good: #2f62a8; --bad: #b3501d; --tint: #8881;
  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 0 auto; overflow-wrap: anywhere}
@@ -335,7 +336,7 @@ body[data-jp-theme-light=false] .ftk-card {--ink: #e4e7ea; --soft: #a2abb5; --go
 .ftk-card td, .ftk-card th {text-align: left; vertical-align: top; padding: 5px 12px 5px 0; font-size: 14px;
  border-bottom: 1px solid var(--line)}
 .ftk-better {color: var(--good); font-weight: 600} .ftk-worse {color: var(--bad); font-weight: 600}
-.ftk-pictures {display: flex; flex-wrap: wrap; gap: 12px 24px} .ftk-pictures > * {flex: 1 1 300px; max-width: 480px;
+.ftk-pictures {display: flex; flex-wrap: wrap; gap: 12px 24px} .ftk-pictures > * {flex: 1 1 440px; max-width: 500px;
  min-width: 0; height: auto; align-self: flex-start} .ftk-pictures img {background: #fff}
 .ftk-card article {border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 10px 0}
 .ftk-card dl {display: grid; grid-template-columns: minmax(64px, max-content) 1fr; gap: 2px 14px; margin: 4px 0}
@@ -374,7 +375,7 @@ def row_html(
     inner = "".join(f"<dt>{shown_text(name)}</dt><dd><bdi>{text}</bdi></dd>" for name, text in parts)
     return f"<article><dl>{inner}</dl></article>"
 
-# %% ../nbs/65h_scorecards.ipynb #3694b49a
+# %% ../nbs/65h_scorecards.ipynb #8c5ce516
 def gate_html(
     gate: dict,  # `exit_code` and `reasons`; empty: none was asked for
 ) -> str:  # a <div>, or nothing
@@ -384,6 +385,19 @@ def gate_html(
     word, look = {0: ("pass", "better"), 1: ("fail", "worse")}.get(gate["exit_code"], ("cannot tell", "note"))
     reasons = "; ".join(map(shown_text, gate["reasons"]))
     return f'<div class="ftk-gate ftk-{look}">Gate: {word}. {reasons}</div>'
+
+
+def run_row(
+    run: dict,  # one of a report's runs
+) -> dict[str, str]:  # what -> in words
+    "Say how a run went"
+    losses, held_out = ([entry[name] for entry in run["history"] if entry.get(name) is not None]
+                        for name in ("loss", "eval_loss"))
+    ends = {"training loss at the end": losses[-1:], "lowest held-out loss": [min(held_out)] if held_out else []}
+    steps = f"{run.get('n_steps', '–')} of {run.get('n_planned', '–')}"
+    seconds = "–" if run.get("seconds") is None else f"{run['seconds']:.0f}"
+    return {"status": str(run.get("status", "–")), "steps": steps, "seconds": seconds,
+            **{name: f"{found[0]:.3g}" if found else "–" for name, found in ends.items()}}
 
 
 def card_html(
@@ -398,12 +412,17 @@ def card_html(
     pictures = "".join(picture(figure, title) for title, figure in card_pictures(card).items())
     parts += [f'<div class="ftk-pictures">{pictures}</div>'] * bool(pictures)
     notable = notable_rows(card, n)
-    legend = ('<p class="ftk-note">In the answers, <ins>underlined</ins> is what the answer wanted does not have, and '
-              "<del>struck through</del> what it has and the answer lacks.</p>")
-    parts += [legend] * any(row.reference is not None for row in card.rows)
+    legend = ('In the answers, <ins>underlined</ins> is what the answer wanted does not have, and <del>struck '
+              "through</del> what it has and the answer lacks. ") * any(row.reference is not None for row in card.rows)
+    order = [shown_text(line.metric) for line in card.lines if line.better != "neither"]
+    parts += [f'<p class="ftk-note">{legend}Rows are ordered by {", then ".join(order[:3])}.</p>'] * bool(notable)
     for kind, (n_rows, rows) in notable.items():
         told = f"{n_rows} of {len(card.rows)} questions, {len(rows)} shown"
         parts += [f"<h2>{kind.capitalize()} <small>{told}</small></h2>", *(row_html(card, row) for row in rows)]
+    if card.runs:
+        facts = [run_row(run) for run in card.runs]
+        rows = [(name, *(fact[name] for fact in facts)) for name in facts[0]]
+        parts += ["<h2>How the runs went</h2>", table_html(["", *(run["name"] for run in card.runs)], rows)]
     if card.settings:
         rows = [(each["name"], *each["values"], each["help"]) for each in card.settings]
         parts += ["<h2>Settings that differ</h2>", table_html(["setting", *card.names, "what it is"], rows)]
