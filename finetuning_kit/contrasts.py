@@ -100,7 +100,7 @@ def svg(
     label = f'<svg role="img" aria-label="{html.escape(title)}" class="ftk-picture"'
     return text.replace("<svg", label, 1).replace(INK, "currentColor")
 
-# %% ../nbs/65g_contrasts.ipynb #3569e4ad
+# %% ../nbs/65g_contrasts.ipynb #e4e0a5d0
 def label_text(
     text: str,  # a name that somebody chose
     n_letters: int = 28,  # the rest is cut
@@ -108,7 +108,7 @@ def label_text(
     "Make a name fit to stand in a picture"
     text = visible(" ".join(str(text).split())) or "–"
     text = text if len(text) <= n_letters else text[:n_letters - 1] + "…"
-    return text.replace("$", r"\$").replace("_", " ")
+    return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def clean_axes(
@@ -123,13 +123,13 @@ def clean_axes(
     axes.grid(alpha=0.22)
     axes.set_axisbelow(True)
 
-# %% ../nbs/65g_contrasts.ipynb #b12ce1ad
+# %% ../nbs/65g_contrasts.ipynb #c13a517b
 def _draw_group(axes, lines, unit):
     scale = 100 if unit == "points" else 1
     for place, (name, middle, low, high, _, colour) in enumerate(reversed(lines)):
         axes.plot([scale * low, scale * high], [place, place], color=colour, lw=3, alpha=0.55, solid_capstyle="butt")
         axes.plot([scale * middle], [place], "o", color=colour, ms=5)
-    axes.set_yticks(range(len(lines)), [label_text(line[0]) for line in reversed(lines)])
+    axes.set_yticks(range(len(lines)), [label_text(line[0].replace("_", " ")) for line in reversed(lines)])
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.margins(x=0.08)
     axes.set_xlabel(unit, fontsize=8, color=INK)
@@ -156,7 +156,7 @@ def draw_intervals(
             axes.axvline(0, color=INK, lw=0.8)
     return figure
 
-# %% ../nbs/65g_contrasts.ipynb #ede5bccc
+# %% ../nbs/65g_contrasts.ipynb #badaf118
 def _bars(axes, names, counts, colours):
     axes.bar(names, counts, color=colours, alpha=0.75, width=0.6)
     for place, n in enumerate(counts):
@@ -187,10 +187,10 @@ def draw_gains(
             middle = bar.get_x() + bar.get_width() / 2
             bar.set_color(GREY if abs(middle) < edge / 22 else BLUE if middle > 0 else ORANGE)
         axes.set_xlabel("points gained" if percent else "gained", fontsize=8, color=INK)
-    clean_axes(axes, f"rows by their change in {label_text(name)}")
+    clean_axes(axes, f"rows by their change in {label_text(name.replace('_', ' '))}")
     return figure
 
-# %% ../nbs/65g_contrasts.ipynb #d926cd4e
+# %% ../nbs/65g_contrasts.ipynb #6075d787
 def draw_lengths(
     lengths: dict[str, list[int]],  # whose answers -> words in each of them
 ):  # a matplotlib Figure
@@ -201,7 +201,8 @@ def draw_lengths(
     axes = figure.subplots()
     figure.subplots_adjust(left=0.12, right=0.97, top=0.86, bottom=0.2)
     top = max((float(np.quantile(values, 0.99)) for values in lengths.values() if len(values)), default=1) + 1
-    bins = np.linspace(0, top, int(min(top, 24)) + 1)
+    width = max(1, round(top / 24))
+    bins = np.arange(0, top + 2 * width, width) - 0.5
     for (name, values), colour in zip(lengths.items(), (GREY, ORANGE, BLUE)[-len(lengths):]):
         counts, _ = np.histogram(np.minimum(values, top), bins)
         axes.stairs(counts, bins, color=colour, lw=1.6, label=label_text(name), fill=False)
@@ -210,7 +211,7 @@ def draw_lengths(
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return figure
 
-# %% ../nbs/65g_contrasts.ipynb #f7929f28
+# %% ../nbs/65g_contrasts.ipynb #6e3c3fa0
 CURVES = {"loss": "training loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
 
 
@@ -234,7 +235,7 @@ def draw_curves(
         values = smoothed(values) if name == "loss" else values
         marker = "o" if len(steps) < 12 else ""
         axes.plot(steps, values, color=colour, lw=1.6, marker=marker, ms=3.5, label=label_text(run))
-    clean_axes(axes, CURVES.get(name, label_text(name)))
+    clean_axes(axes, CURVES.get(name) or label_text(name.replace("_", " ")))
     axes.set_xlabel("optimizer step", fontsize=8, color=INK)
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return figure

@@ -320,7 +320,7 @@ def card_pictures(
     curves = {title: draw_curves(histories, name) for name, title in CURVES.items()}
     return found | {title: figure for title, figure in curves.items() if figure is not None}
 
-# %% ../nbs/65h_scorecards.ipynb #e40fcc62
+# %% ../nbs/65h_scorecards.ipynb #780dab32
 LOOK_OF_CARD = """<style>
 .ftk-card {--ink: #1d2329; --soft: #5d6670; --line: #8883; --good: #2f62a8; --bad: #b3501d; --tint: #8881;
  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 0 auto; overflow-wrap: anywhere}
@@ -345,7 +345,8 @@ body[data-jp-theme-light=false] .ftk-card {--ink: #e4e7ea; --soft: #a2abb5; --go
 .ftk-card del {color: var(--soft); text-decoration: line-through}
 @media (max-width: 640px) {.ftk-card thead {display: none} .ftk-card tr {display: block; padding: 6px 0;
  border-bottom: 1px solid var(--line)} .ftk-card td {display: grid; grid-template-columns: 118px 1fr; border: 0;
- padding: 1px 0} .ftk-card td::before {content: attr(data-name); color: var(--soft)}}
+ padding: 1px 0} .ftk-card td::before {content: attr(data-name); color: var(--soft);
+ font-weight: 400}}
 </style>"""
 
 # %% ../nbs/65h_scorecards.ipynb #8ca9eadc
