@@ -376,7 +376,7 @@ def row_html(
     inner = "".join(f"<dt>{shown_text(name)}</dt><dd><bdi>{text}</bdi></dd>" for name, text in parts)
     return f"<article><dl>{inner}</dl></article>"
 
-# %% ../nbs/65h_scorecards.ipynb #8c5ce516
+# %% ../nbs/65h_scorecards.ipynb #ca6ec15e
 def gate_html(
     gate: dict,  # `exit_code` and `reasons`; empty: none was asked for
 ) -> str:  # a <div>, or nothing
@@ -400,7 +400,7 @@ def run_row(
     return {"status": str(run.get("status", "–")), "steps": steps, "seconds": seconds,
             **{name: f"{found[0]:.3g}" if found else "–" for name, found in ends.items()}}
 
-
+# %% ../nbs/65h_scorecards.ipynb #6d515587
 def card_html(
     card: Scorecard,  # any report
     picture=svg,  # figure, title -> HTML

@@ -222,16 +222,16 @@ def ballot_of(
     rows = zip(comparison.base.exchanges, comparison.tuned.exchanges)
     return Ballot([VotePair(one.prompt, (one.text, other.text)) for one, other in rows], names, path, seed)
 
-# %% ../nbs/65j_votes.ipynb #ad912510
+# %% ../nbs/65j_votes.ipynb #ac52c728
 VOTE_LOOK = """<style>
 .ftk-votes .ftk-side {flex: 1 1 260px; min-width: 0; border: 1px solid var(--jp-border-color2, #ccc); border-radius: 8px;
  padding: 8px 12px; margin: 4px; min-height: 90px; overflow-wrap: anywhere}
 .ftk-votes .ftk-side .widget-html-content, .ftk-votes .ftk-asked .widget-html-content {white-space: pre-wrap;
  line-height: 20px; font-size: 14px}
 .ftk-votes .ftk-asked {font-weight: 600; margin: 2px 4px} .ftk-sides {flex-wrap: wrap}
-.ftk-votes .ftk-score {margin: 4px} .ftk-track {position: relative; height: 10px; border-radius: 5px; background: #8883;
- max-width: 420px; margin: 6px 0} .ftk-track i {position: absolute; top: 0; bottom: 0; background: #3b6fb5;
- border-radius: 5px}
+.ftk-votes .ftk-score {margin: 4px} .ftk-track {position: relative; height: 10px; border-radius: 5px; max-width: 420px;
+ margin: 6px 0; background: #8883} .ftk-track i {position: absolute; top: 0; bottom: 0; border-radius: 5px;
+ background: #3b6fb5}
 .ftk-track b {position: absolute; top: -3px; bottom: -3px; left: 50%; width: 1px; background: currentColor}
 </style>"""
 
