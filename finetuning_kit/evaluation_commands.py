@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASKED', 'add_asking', 'add_measures', 'add_evaluate', 'add_compare', 'find_model', 'choose_metrics',
            'open_evaluation', 'read_questions', 'read_sentences', 'knowledge_metric', 'probe_model', 'usual_for',
-           'tell_now_and_then', 'ask_model', 'joined_verdict', 'hand_over', 'run_evaluate', 'kept_probes',
+           'tell_now_and_then', 'ask_model', 'joined_verdict', 'present_card', 'run_evaluate', 'kept_probes',
            'compare_models', 'run_compare']
 
 # %% ../nbs/79a_evaluation_commands.ipynb #248c554e
@@ -290,7 +290,7 @@ def joined_verdict(
     return {"exit_code": 1 if 1 in codes else max(codes), "reasons": reasons}
 
 # %% ../nbs/79a_evaluation_commands.ipynb #c6f77f3d
-def hand_over(
+def present_card(
     card,  # a `Scorecard`
     options: dict,  # what the command line gave
     folder: Path | None = None,  # where the report is kept; None: nowhere
@@ -339,7 +339,7 @@ def run_evaluate(
     card.notes += [note for each in answers for note in getattr(each, "notes", [])]
     if all(probes):
         card.lines += score_lines(compare(*probes) if len(names) == 2 else probes[0])
-    hand_over(card, options, folder)
+    present_card(card, options, folder)
     return 0
 
 # %% ../nbs/79a_evaluation_commands.ipynb #cc34e57b
@@ -399,5 +399,5 @@ def run_compare(
         card.gate = joined_verdict(card, probe, options["budget"])
     if probe is not None:
         card.lines += score_lines(probe)
-    hand_over(card, options)
+    present_card(card, options)
     return card.gate["exit_code"] if options["gate"] else 0
