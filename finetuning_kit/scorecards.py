@@ -55,7 +55,7 @@ def line_verdict(
     low, high = (score_words(end, metric.percent, sign=True) for end in (change.low, change.high))
     unit = " points" if metric.percent else ""
     if not change.low > 0 and not change.high < 0:
-        return "no real difference", f"{n_rows} questions cannot tell it from none: {low} to {high}{unit}"
+        return "no real difference", f"no real difference with {n_rows} questions: {low} to {high}{unit}"
     up = change.low > 0
     words = ("higher", "lower") if metric.better == "neither" else ("better", "worse")
     verdict = words[(not up) if metric.better != "lower" else up]

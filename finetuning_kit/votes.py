@@ -224,8 +224,8 @@ def ballot_of(
 
 # %% ../nbs/65j_votes.ipynb #ac52c728
 VOTE_LOOK = """<style>
-.ftk-votes .ftk-side {flex: 1 1 260px; min-width: 0; border: 1px solid var(--jp-border-color2, #ccc); border-radius: 8px;
- padding: 8px 12px; margin: 4px; min-height: 90px; overflow-wrap: anywhere}
+.ftk-votes .ftk-side {flex: 1 1 260px; min-width: 0; border: 1px solid var(--jp-border-color2, #ccc);
+ border-radius: 8px; padding: 8px 12px; margin: 4px; min-height: 90px; overflow-wrap: anywhere}
 .ftk-votes .ftk-side .widget-html-content, .ftk-votes .ftk-asked .widget-html-content {white-space: pre-wrap;
  line-height: 20px; font-size: 14px}
 .ftk-votes .ftk-asked {font-weight: 600; margin: 2px 4px} .ftk-sides {flex-wrap: wrap}
