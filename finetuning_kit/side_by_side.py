@@ -124,8 +124,8 @@ def open_work(
     is_run = bool(held & set(MARKS))
     if not is_run and "answers.jsonl" not in held:
         what = "holds neither a run nor answers" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-        raise FinetuningError(f"`{path}` {what}; name a run's folder, such as runs/instruct_pocket, or one that "
-                              "`finetuning-kit evaluate --output` wrote")
+        raise FinetuningError(f"`{path}` {what}; name a run's folder, such as runs/instruct_pocket, or one "
+                              "that `finetuning-kit evaluate --output` wrote")
     found = KeptWork(path, "run" if is_run else "evaluation")
     for name, file in (("exchanges", "answers.jsonl"), ("base", "base_answers.jsonl")):
         if file in held:

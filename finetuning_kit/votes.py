@@ -230,7 +230,8 @@ VOTE_LOOK = """<style>
  line-height: 20px; font-size: 14px}
 .ftk-votes .ftk-asked {font-weight: 600; margin: 2px 4px} .ftk-sides {flex-wrap: wrap}
 .ftk-votes .ftk-score {margin: 4px}
-.ftk-track {position: relative; height: 10px; border-radius: 5px; max-width: 420px; margin: 6px 0; background: #8883} .ftk-track i {position: absolute; top: 0; bottom: 0; border-radius: 5px;
+.ftk-track {position: relative; height: 10px; border-radius: 5px; max-width: 420px; margin: 6px 0; background: #8883}
+.ftk-track i {position: absolute; top: 0; bottom: 0; border-radius: 5px;
  background: #3b6fb5}
 .ftk-track b {position: absolute; top: -3px; bottom: -3px; left: 50%; width: 1px; background: currentColor}
 </style>"""
