@@ -123,7 +123,8 @@ def open_work(
     held = {item.name for item in path.iterdir()} if path.is_dir() else set()
     is_run = bool(held & set(MARKS))
     if not is_run and "answers.jsonl" not in held:
-        what = "holds neither a run nor answers" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+        what = "is a file" if path.is_file() else "does not exist"
+        what = "holds neither a run nor answers" if path.is_dir() else what
         raise FinetuningError(f"`{path}` {what}; name a run's folder, such as runs/instruct_pocket, or one "
                               "that `finetuning-kit evaluate --output` wrote")
     found = KeptWork(path, "run" if is_run else "evaluation")
