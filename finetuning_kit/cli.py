@@ -20,6 +20,7 @@ from pathlib import Path
 # %% ../nbs/80_cli.ipynb #5cd7102a
 from .data_commands import add_clean, add_convert, add_validate, count, run_clean, run_convert
 from .data_commands import run_validate
+from .evaluation_commands import add_compare, add_evaluate, run_compare, run_evaluate
 from .flags import add_flags, add_names, hyphenated, layers_of, nearest_flag
 from .processes import announce_failure, is_main_process
 from .screens import DryScreen, RunScreen, Screen, plain_letters
@@ -309,6 +310,10 @@ COMMANDS = {  # name -> help, flags, run
     "rehearse": ("try a run in short: one batch by heart, and once everything else that it will do", add_rehearse,
                  run_rehearse),
     "sweep": ("search for the best settings with Optuna; the same line again goes on", add_sweep, run_sweep),
+    "evaluate": ("ask a model questions and say how well it answers, beside another one with --base", add_evaluate,
+                 run_evaluate),
+    "compare": ("compare two runs, evaluations or models (with --gate, exit code 0: better, 1: not, 3: cannot tell)",
+                add_compare, run_compare),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),

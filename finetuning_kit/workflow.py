@@ -33,6 +33,7 @@ from .profiles import demo_config
 from .records import Document
 from .runs import RunFiles, RunFolder, check_folder, check_given
 from .settings import FinetuningError, markdown_table, setting_rows
+from .side_by_side import save_answers
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
 from .tokens import encode_prompt
@@ -169,6 +170,7 @@ LAYOUT = {
     "checkpoints": "where a run can be resumed", "loss.png": "the loss plot", "samples.jsonl": "questions and answers",
     "metrics.json": "what was measured", "config.yaml": "the settings, for --config and another --output-dir",
     "run.json": "versions, machine, data, notes", "events.jsonl": "everything that happened, a line each",
+    "answers.jsonl": "all answers whole, for `finetuning-kit compare`",
     "data_report.json": "what the check of the rows found", "skipped_rows.jsonl": "rows left out for their errors"}
 
 # %% ../nbs/67_workflow.ipynb #013b4b03
@@ -293,6 +295,8 @@ def write_account(
                    **result.comparison.to_dict()}
         rows = result.comparison.samples(len(result.comparison.base.prompts))
         folder.save_text("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        save_answers(folder / "base_answers.jsonl", result.comparison.base.exchanges)
+        save_answers(folder / "answers.jsonl", result.comparison.tuned.exchanges)
     if result.facts is not None:
         metrics["facts_completed"] = dict(zip(("base", "tuned"), result.facts))
     if result.merge_check is not None:

@@ -1,0 +1,167 @@
+"""`evaluate` and `compare` as typed: what they write, what they refuse, and by which exit code."""
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finetuning_kit.asking import Answer
+from finetuning_kit.evaluation import evaluate
+from finetuning_kit.metrics import Exchange
+from finetuning_kit.side_by_side import load_answers, save_answers
+
+ROWS = [{"instruction": f"Give the opposite of word {n}.", "output": f"antonym {n}"} for n in range(12)]
+ASK = ("--questions", "rows.jsonl", "--max-new-tokens", "6")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    "A file of twelve questions."
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def kept(path, n_right, n=40, word="yes"):
+    "A folder of an evaluation with so many right answers."
+    Path(path).mkdir()
+    save_answers(Path(path) / "answers.jsonl", [
+        Exchange(f"{word}? {k}", "yes", Answer("yes" if k < n_right else "no", 1, True),
+                 ({"role": "user", "content": f"{word}? {k}"},)) for k in range(n)])
+    return path
+
+
+def test_one_model_and_its_files(typed, rows):
+    code, out, err = typed("evaluate", "--model", "pocket", *ASK, "--output", "mine")
+    assert (code, err) == (0, "") and "exact match" in out
+    assert {"answers.jsonl", "evaluation.json", "report.html", "report.json"} <= {
+        path.name for path in Path("mine").iterdir()}
+    found = load_answers("mine/answers.jsonl")
+    assert [each.prompt for each in found] == [row["instruction"] for row in ROWS]
+    assert all(each.answer.n_tokens <= 6 for each in found)
+    assert json.loads(Path("mine/report.json").read_text())["names"] == ["pocket"]
+    code, _, err = typed("evaluate", "--model", "pocket", *ASK, "--output", "mine", "--metrics", "stop_rate")
+    assert (code, err) == (0, "")
+    code, _, err = typed("evaluate", "--model", "pocket", *ASK, "--limit", "3", "--output", "mine")
+    assert code == 2 and "holds another evaluation (limit none)" in err
+
+
+def test_nothing_is_kept_unless_asked_for(typed, rows):
+    before = sorted(Path().rglob("*"))
+    code, out, _ = typed("evaluate", "--model", "pocket", *ASK, "--limit", "2", "--json")
+    card = json.loads(out)
+    assert code == 0 and len(card["rows"]) == 2 and card["schema"] == "finetuning_kit.scorecard"
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_base_and_probe(typed, rows):
+    words = ("--probe", "probe.jsonl", "--limit", "4", "--output", "both", "--html", "page.html")
+    Path("probe.jsonl").write_text(json.dumps({"prompt": "The capital of Italy is", "completion": "Rome."}) + "\n")
+    code, out, err = typed("evaluate", "--model", "pocket", "--base", "pocket", *ASK, *words)
+    assert (code, err) == (0, "") and "knowledge" in out and "no real difference" in out
+    assert {"base_answers.jsonl", "probe.jsonl", "base_probe.jsonl"} <= {path.name for path in Path("both").iterdir()}
+    assert Path("page.html").read_text().startswith("<!doctype")
+    code, out, _ = typed("compare", "both", "--gate")
+    assert code == 3 and "no real difference" in out
+    code, out, _ = typed("compare", "pocket", "pocket", *ASK, "--limit", "2")
+    assert code == 0 and "pocket (2)" in out
+
+
+def test_evaluation_of_a_run_and_of_its_adapter(typed, rows):
+    words = ("train", "--base-model", "pocket", "--dataset", "rows.jsonl", "--max-steps", "2", "--output-dir", "runs")
+    assert typed(*words)[0] == 0
+    run = Path("runs/instruct_rows")
+    assert {"answers.jsonl", "base_answers.jsonl"} <= {path.name for path in run.iterdir()}
+    for name in (run, run / "adapter"):
+        code, _, err = typed("evaluate", "--model", name, *ASK, "--limit", "3", "--output", f"of_{name.name}")
+        assert (code, err) == (0, "")
+    first, second = (load_answers(f"of_{name}/answers.jsonl") for name in ("instruct_rows", "adapter"))
+    assert [each.text for each in first] == [each.text for each in second]
+    code, out, err = typed("compare", run)
+    assert (code, err) == (0, "") and "instruct_rows against base" in out
+    code, out, _ = typed("compare", run, run, "--html", "runs.html")
+    assert code == 0 and "same settings" in out and "training loss" in Path("runs.html").read_text()
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("evaluate", "--model", "pocket", "--questions", "missing.jsonl"), "missing.jsonl"),
+    (("evaluate", "--model", "nowhere/at-all", *ASK), "nowhere/at-all"),
+    (("evaluate", "--model", "dead", *ASK), "has no model to ask (its status: failed)"),
+    (("evaluate", "--model", "pocket", *ASK, "--metrics", "exakt_match"), "did you mean exact_match?"),
+    (("evaluate", "--model", "pocket", *ASK, "--output", "foreign"), "holds 1 files that no evaluation wrote"),
+    (("evaluate", "--model", "pocket", *ASK, "--probe", "rows.jsonl"), "a probe has text in `prompt`"),
+    (("evaluate", "--model", "pocket", *ASK, "--max-new-tokens", "0"), "`max_new_tokens` must be at least 1"),
+    (("evaluate", "--model", "pocket", *ASK, "--limit", "0"), "no questions"),
+    (("evaluate", "--model", "pocket", "--questions", "torn.jsonl"), "torn.jsonl:1"),
+    (("compare", "base", "nowhere"), "`nowhere` does not exist"),
+    (("compare", "base", "rows.jsonl"), "`rows.jsonl` is a file"),
+    (("compare", "base", "foreign"), "holds neither a run nor answers"),
+    (("compare", "base", "good", "more"), "two folders are compared, got 3"),
+    (("compare", "base", "good", "--metrics", "blue"), "there is no metric 'blue'"),
+    (("compare", "base", "good", "--gate", "--budget", "2"), "--budget must lie between 0 and 1"),
+    (("compare", "pocket", *ASK), "are asked of two models, got 1"),
+    (("compare", "base", "bad_answers"), "bad_answers/answers.jsonl:1: this is no kept answer"),
+])
+def test_refusals(typed, rows, words, sentence):
+    kept("base", 10), kept("good", 30), Path("dead").mkdir(), Path("foreign").mkdir(), Path("bad_answers").mkdir()
+    Path("dead/run.json").write_text('{"status": "failed"}')
+    Path("foreign/notes.txt").write_text("mine")
+    Path("bad_answers/answers.jsonl").write_text('{"prompt": 1}\n')
+    Path("torn.jsonl").write_text('{"instruction": "a", "outp')
+    code, _, err = typed(*words)
+    assert (code, sentence in err) == (2, True), err
+
+
+def test_exit_codes_of_the_gate(typed, tmp_path):
+    kept("base", 10), kept("good", 30), kept("same", 11), kept("other", 30, word="no"), kept("few", 1, 1)
+    for pair, code in ((("base", "good"), 0), (("good", "base"), 1), (("base", "same"), 3), (("base", "other"), 3),
+                       (("base", "few"), 3)):
+        assert typed("compare", *pair, "--gate")[0] == code, pair
+        assert typed("compare", *pair)[0] == 0
+    code, out, _ = typed("compare", "base", "other", "--gate")
+    assert "different questions" in out and "cannot tell" in out
+
+
+def test_gate_and_forgetting(typed, tmp_path):
+    kept("base", 10), kept("good", 30)
+    rows = [Exchange(f"sentence {k}", "end", Answer("", 0, True), extra={"right": 1.0}) for k in range(300)]
+    save_answers("base/probe.jsonl", rows)
+    for n_lost, code in ((0, 0), (90, 1), (6, 3)):
+        save_answers("good/probe.jsonl", [replace(each, extra={"right": float(k >= n_lost)})
+                                          for k, each in enumerate(rows)])
+        found = typed("compare", "base", "good", "--gate")
+        assert found[0] == code, found
+    assert typed("compare", "base", "good", "--gate", "--budget", "0.1")[0] == 0
+
+
+def test_a_run_that_failed_is_compared_as_far_as_it_went(typed, tmp_path):
+    for name, status in (("whole", "finished"), ("broken", "failed")):
+        Path(name).mkdir()
+        Path(name, "run.json").write_text(json.dumps({"status": status}))
+        events = [{"type": "start", "step": 0, "n_steps": 9}, {"type": "log", "step": 5, "loss": 2.0},
+                  {"type": "end", "status": status, "reason": "the memory was full" * (status == "failed")}]
+        Path(name, "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    code, out, err = typed("compare", "whole", "broken", "--gate", "--html", "page.html")
+    assert code == 3 and not err and "is not finished: failed (the memory was full)" in out and "holds no answers" in out
+    assert "training loss" in Path("page.html").read_text()
+
+
+@pytest.mark.skipif("keep_in" not in inspect.signature(evaluate).parameters, reason="answers are not kept one by one")
+def test_a_killed_evaluation_goes_on(typed, rows, monkeypatch):
+    from finetuning_kit import collecting
+
+    asked, whole = [], collecting.ask_batch
+
+    def counted(*arguments, **options):
+        if len(asked) == 2:
+            asked.append("killed")
+            raise KeyboardInterrupt
+        asked.append("batch")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(collecting, "ask_batch", counted)
+    words = ("evaluate", "--model", "pocket", *ASK, "--batch-size", "4", "--output", "mine")
+    assert typed(*words)[0] == 130 and not Path("mine/report.json").exists()
+    assert typed(*words)[0] == 0 and asked.count("batch") == 3
+    assert len(load_answers("mine/answers.jsonl")) == 12
