@@ -17,7 +17,7 @@ import torch
 
 # %% ../nbs/49_asking.ipynb #493d9d74
 from .methods import virtual_positions
-from .models import quiet_libraries, stop_token_ids
+from .models import check_things, quiet_libraries, stop_token_ids
 from .settings import FinetuningError
 
 # %% ../nbs/49_asking.ipynb #18efcd74
@@ -64,6 +64,7 @@ def plain_greedy(
     "Put a model in evaluation mode with greedy settings only, and put everything back afterwards"
     from transformers import GenerationConfig
 
+    check_things({"model": model, "tokenizer": tokenizer})
     stop_ids = stop_token_ids(tokenizer)
     pad_id = stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

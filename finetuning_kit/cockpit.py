@@ -81,6 +81,9 @@ def with_method(
     lora: dict | None = None,  # what the adapter's settings were when there was one; None: defaults
 ) -> FineTuningConfig:  # the same run by the other method
     "Change the method, and with it what belongs to it."
+    if method not in METHODS:
+        raise FinetuningError(f"`method` must be one of {', '.join(METHODS)}, got {method!r:.60}; for a variant of LoRA "
+                              "change the settings: config.replace(method=…)")
     rate = config.training.learning_rate * USUAL_RATE[method] / USUAL_RATE[config.method]
     changes = {"method": method, "training.learning_rate": min(1.0, float(f"{rate:.2g}"))}
     if config.freeze_ratio and method != "freeze":

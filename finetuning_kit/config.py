@@ -354,8 +354,8 @@ class FineTuningConfig(MethodSettings):
     training: TrainingConfig = knob(TrainingConfig, "the training loop")
     _renamed: dict = PrivateAttr(default_factory=dict)
 
-    def __init__(self, /, **settings):
-        super().__init__(**settings)
+    def __init__(self, /, *values, **settings):
+        super().__init__(*values, **settings)
         self._renamed.update(old_names(type(self), settings))
 
     def __eq__(self, other):
@@ -419,6 +419,8 @@ def schedule_lines(
     n_processes: int = 1,  # processes that train together
 ) -> dict[str, str]:  # what -> the sum and its result
     "Do the sums of a schedule"
+    if not isinstance(training, Schedule):
+        raise FinetuningError(f"`training` must be a schedule, got {type(training).__name__}; pass `config.training`")
     batch, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     shares, a_step = f"{n_processes} processes × " * (n_processes > 1), training.effective_batch_size * n_processes
     lines = {"effective batch": f"{shares}{batch} row{'s' * (batch > 1)} × {passes} pass{'es' * (passes > 1)}"

@@ -200,6 +200,9 @@ def merge_lora_weights(
     load_in_4bit: bool | None = None,  # was the base held in 4 bits while training? None: as base.json says
 ) -> Path:  # the merged model's folder, with tokenizer, template and generation settings
     "Fold an adapter into freshly loaded base weights and save the model, whole or not at all"
+    for name, path in (("base_model_path", base_model_path), ("lora_path", lora_path), ("output_path", output_path)):
+        if not isinstance(path, (str, Path)):
+            raise FinetuningError(f"`{name}` must name a folder, got {path!r:.60}")
     if os.path.lexists(output_path):
         raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
     record = read_adapter(lora_path)

@@ -17,7 +17,7 @@ __all__ = ['VIRTUAL', 'METHOD_WORDS', 'STARTS', 'STATE_FILE', 'MEMORIES', 'virtu
 # %% ../nbs/32_methods.ipynb #0b056600
 from .config import FineTuningConfig, LoRAConfig
 from .machine import check_config, precision_of
-from .models import load_model, quiet_libraries, resolve_model_name
+from .models import check_things, load_model, quiet_libraries, resolve_model_name
 from .settings import FinetuningError
 from .targets import check_whole, freeze_bottom, is_tied, layer_stack, norm_names
 from .targets import target_layers, trained_parts
@@ -193,6 +193,7 @@ def add_lora(
     base_name: str | None = None,  # what the adapter's files call the base; None: where it was loaded from
 ) -> PeftModel:  # the base, frozen, with a fresh adapter on every chosen layer
     "Put a LoRA adapter on a model."
+    check_things({"model": model, "lora": lora})
     return attach(model, peft.LoraConfig(**lora_options(lora, model)), base_name)
 
 # %% ../nbs/32_methods.ipynb #e13a4e9a

@@ -195,7 +195,11 @@ class Checked(BaseModel):
     "A pydantic model that reports all of its problems at once, in sentences"
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
-    def __init__(self, /, **settings):
+    def __init__(self, /, *values, **settings):
+        if values:
+            name = type(self).__name__
+            raise FinetuningError(f"{name} takes each setting by its name: {name}({next(iter(type(self).model_fields))}="
+                                  f"{value_words(values[0])})")
         settings, written, problems = self._arrange(settings)
         try:
             super().__init__(**settings)
@@ -453,6 +457,8 @@ def read_settings_text(
     path,  # a text file
 ) -> str:  # its content, without a byte order mark
     "Read a UTF-8 file; every way to fail is a sentence"
+    if not isinstance(path, (str, os.PathLike)):
+        raise FinetuningError(f"`path` must name a file, got {value_words(path)}")
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

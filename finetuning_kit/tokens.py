@@ -26,7 +26,7 @@ from .ledger import Ledger
 from .outlines import encode_by_outlines
 from .lengths import EncodedSet, apply_limit, cut_end, learns
 from .loading import iter_records
-from .models import control_tokens, end_of_turn_id
+from .models import check_things, control_tokens, end_of_turn_id
 from .records import Conversation, Document, Feedback, Place, PreferencePair, Record, Row, TrainingSample
 from .settings import FinetuningError
 from .answers import Rendering, add_end, find_answers
@@ -185,6 +185,7 @@ def encode_prompt(
     formatter: DatasetFormatter | None = None,  # None: the tokenizer's chat template
 ) -> list[int]:  # ids, ending where the model writes on
     "Turn a question into what the model reads before it answers"
+    check_things({"tokenizer": tokenizer})
     if isinstance(record, str):
         record = TrainingSample(instruction=record, output="")
     if isinstance(record, (dict, Row)):

@@ -30,7 +30,7 @@ from .processes import is_main_process, join_processes, meet, n_processes, shard
 from .reading import read_rows
 from .profiles import demo_config
 from .records import Document
-from .runs import RunFiles, RunFolder, check_folder, check_given
+from .runs import RunFiles, RunFolder, check_count, check_folder, check_given
 from .settings import FinetuningError, markdown_table, setting_rows
 from .encoding import RowView, show_row
 from .lengths import EncodedSet
@@ -317,6 +317,7 @@ def fine_tune(
 ) -> FineTuned:  # figures, answers, files
     "Check the rows, train, compare with the base, merge, verify, and leave a folder that explains itself"
     check_given(config, folder=folder)
+    check_count("max_answers", max_answers)
     on_event = on_event if is_main_process() else None
     tell = on_event or (lambda event: None)
     tokenizer = load_tokenizer(config.model_name)
