@@ -82,16 +82,12 @@ def with_method(
 ) -> FineTuningConfig:  # the same run by the other method
     "Change the method, and with it what belongs to it."
     if method not in METHODS:
-        raise FinetuningError(f"`method` must be one of {', '.join(METHODS)}, got {method!r:.60}; for a variant of LoRA "
-                              "change the settings: config.replace(method=…)")
+        raise FinetuningError(f"`method` must be one of {', '.join(METHODS)}, got {method!r:.60}")
     rate = config.training.learning_rate * USUAL_RATE[method] / USUAL_RATE[config.method]
     changes = {"method": method, "training.learning_rate": min(1.0, float(f"{rate:.2g}"))}
-    if config.freeze_ratio and method != "freeze":
-        changes["freeze_ratio"] = None
-    if not belongs("load_in_4bit", method):
-        changes["load_in_4bit"] = False  # 4-bit weights cannot be trained
-    if belongs("lora", method) and config.lora is None:
-        changes["lora"] = lora or {}
+    changes |= {"freeze_ratio": None} if config.freeze_ratio and method != "freeze" else {}
+    changes |= {} if belongs("load_in_4bit", method) else {"load_in_4bit": False}  # such weights cannot be trained
+    changes |= {"lora": lora or {}} if belongs("lora", method) and config.lora is None else {}
     return config.replace(**changes)
 
 # %% ../nbs/63_cockpit.ipynb #0f4bd4b9

@@ -423,8 +423,8 @@ def schedule_lines(
         raise FinetuningError(f"`training` must be a schedule, got {type(training).__name__}; pass `config.training`")
     batch, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     shares, a_step = f"{n_processes} processes × " * (n_processes > 1), training.effective_batch_size * n_processes
-    lines = {"effective batch": f"{shares}{batch} row{'s' * (batch > 1)} × {passes} pass{'es' * (passes > 1)}"
-                                f" = {a_step:,} a step"}
+    a_pass = f"{shares}{batch} row{'s' * (batch > 1)} × {passes} pass{'es' * (passes > 1)}"
+    lines = {"effective batch": f"{a_pass} = {a_step:,} a step"}
     if not n_rows:
         share = f"{training.warmup_steps:.3g} of all steps" if training.warmup_steps < 1 else ""
         return {**lines, "warm-up": share or f"{training.warmup_steps:g} steps"}
@@ -444,9 +444,7 @@ def what_follows(
     "Work out what the settings mean for the run"
     lora = config if isinstance(config, LoRAConfig) else getattr(config, "lora", None)
     training = config if isinstance(config, Schedule) else getattr(config, "training", None)
-    lines = {}
-    if lora is not None:
-        lines["scale"] = f"{lora.lora_alpha} / {lora.r} = {lora.scale:.3g}"
+    lines = {} if lora is None else {"scale": f"{lora.lora_alpha} / {lora.r} = {lora.scale:.3g}"}
     if training is not None:
         lines.update(schedule_lines(training, n_rows, n_processes))
     careful = cautions(config, n_rows)

@@ -196,10 +196,8 @@ class Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, /, *values, **settings):
-        if values:
-            name = type(self).__name__
-            raise FinetuningError(f"{name} takes each setting by its name: {name}({next(iter(type(self).model_fields))}="
-                                  f"{value_words(values[0])})")
+        for value, name in zip(values, type(self).model_fields):
+            raise FinetuningError(f"{type(self).__name__} takes each setting by its name: {name}={value_words(value)}")
         settings, written, problems = self._arrange(settings)
         try:
             super().__init__(**settings)
@@ -220,8 +218,7 @@ class Checked(BaseModel):
         except ValidationError as error:
             object.__setattr__(self, "__dict__", values)
             object.__setattr__(self, "__pydantic_fields_set__", asked)
-            found = flatten_problems(type(self), error.errors(include_url=False))
-            raise settings_error(type(self), found) from None
+            raise settings_error(type(self), flatten_problems(type(self), error.errors(include_url=False))) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -246,8 +243,7 @@ def group_settings(
         for part in path[:-1]:
             if isinstance(node, dict):
                 inner = node.get(part, {})
-                node[part] = inner.given() if isinstance(inner, Settings) else copy.copy(inner)
-                node = node[part]
+                node[part] = node = inner.given() if isinstance(inner, Settings) else copy.copy(inner)
         if not isinstance(node, dict):
             reason = f"belongs to `{path[0]}`, which is {value_words(node)}; keep one of the two"
         elif path[-1] in node:
@@ -457,14 +453,12 @@ def read_settings_text(
     path,  # a text file
 ) -> str:  # its content, without a byte order mark
     "Read a UTF-8 file; every way to fail is a sentence"
-    if not isinstance(path, (str, os.PathLike)):
-        raise FinetuningError(f"`path` must name a file, got {value_words(path)}")
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         reason = f":{line}: is not UTF-8 text; save the file as UTF-8"
-    except FileNotFoundError:
+    except (FileNotFoundError, TypeError):
         reason = ": no such file; check the name and the folder"
     except IsADirectoryError:
         reason = ": is a folder; name a file in it"
