@@ -18,6 +18,7 @@ from pathlib import Path
 # %% ../nbs/30_models.ipynb #360ac6a3
 import finetuning_kit
 from .processes import shards_weights
+from .rendering import render
 from .settings import FinetuningError
 from .machine import Machine, has_bitsandbytes, precision_of, probe_machine, resolve_config
 
@@ -241,16 +242,13 @@ def end_of_turn_id(
     tokenizer,  # a tokenizer of transformers
 ) -> int | None:  # id of the mark that the chat template puts behind an answer; None without one
     "Find the token that ends an answer, by looking behind one"
-    from jinja2 import TemplateSyntaxError
-
     if not tokenizer.chat_template:
         return None
     probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "ftkanswerftk"}]
     try:
-        behind = tokenizer.apply_chat_template(probe, tokenize=False).partition("ftkanswerftk")[2]
-    except TemplateSyntaxError as problem:
-        raise FinetuningError(f"the chat template of `{tokenizer.name_or_path}` is not valid Jinja, line "
-                              f"{problem.lineno}: {problem.message}; mend it, or take another base model") from None
+        behind = render(tokenizer, probe).partition("ftkanswerftk")[2]
+    except FinetuningError as problem:
+        raise FinetuningError(f"`model_name` {tokenizer.name_or_path!r}: {problem}") from None
     end = behind[: end_length(tokenizer, behind) or 0]
     return next((id for mark, id in control_tokens(tokenizer).items() if end.endswith(mark)), None)
 
