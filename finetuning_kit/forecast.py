@@ -410,8 +410,9 @@ def plot_forecast(
     axes.plot([fit.memory.low / GIB, fit.memory.high / GIB], [len(show)] * 2, color="black", marker="|", linewidth=1)
     for at, gpu in enumerate(reversed(show)):
         colour = {"yes": "#2e7d32", "probably": "#9ccc65", "hardly": "#ffb74d", "no": "#d0d0d0"}[gpu.verdict]
-        axes.barh(at, gpu.usable / GIB, color=colour, height=0.6)
-        axes.text(gpu.usable / GIB, at, f" {gpu.verdict}", va="center", fontsize=8)
+        old = OLD in gpu.notes and gpu.verdict in ("yes", "probably")  # it has the memory, and no usual build of torch
+        axes.barh(at, gpu.usable / GIB, color="#ffb74d" if old else colour, height=0.6)
+        axes.text(gpu.usable / GIB, at, f" {gpu.verdict}" + ", with an old torch" * old, va="center", fontsize=8)
     axes.set_yticks(range(len(show) + 1), [*(gpu.name for gpu in reversed(show)), "this run"])
     axes.set_xlabel("GiB")
     axes.set_xlim(0, max(85.0, fit.memory.high / GIB) * 1.08)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Machine', 'cpu_has_bf16', 'gpu_problem', 'cpu_of', 'probe_machine', 'precision_of', 'settle_precision',
-           'has_bitsandbytes', 'settle_four_bit', 'settle_text', 'check_config', 'settle_device', 'resolve_config']
+           'has_bitsandbytes', 'settle_four_bit', 'settle_optimizer', 'settle_text', 'check_config', 'settle_device',
+           'resolve_config']
 
 # %% ../nbs/29_machine.ipynb #faf5dd77
 import re
@@ -141,6 +142,17 @@ def settle_four_bit(
     why = why if has_bitsandbytes() else "bitsandbytes is not installed"
     return ({"load_in_4bit": False}, [f"load_in_4bit: off (on is the default, but {why})"]) if why else ({}, [])
 
+
+def settle_optimizer(
+    config: FineTuningConfig,  # what was asked for
+    machine: Machine,  # where it shall run
+) -> tuple[dict, list[str]]:  # settings to change; one note for each change
+    "Take the paging off an optimizer that has nowhere to page to"
+    if config.training.optim != "paged_adamw_8bit" or machine.device != "cpu":
+        return {}, []
+    return {"training.optim": "adamw_8bit"}, ["optim: adamw_8bit (paging moves memory between a GPU and the computer, "
+                                              "and here is no GPU)"]
+
 # %% ../nbs/29_machine.ipynb #d1de80cf
 def settle_text(
     config: FineTuningConfig,  # what was asked for
@@ -199,7 +211,7 @@ def resolve_config(
     check_config(config)
     machine, notes = settle_device(config, machine or probe_machine())
     changes = {} if config.device_map == machine.device else {"device_map": machine.device}
-    for settle in (settle_precision, settle_four_bit):
+    for settle in (settle_precision, settle_four_bit, settle_optimizer):
         changed, told = settle(config, machine)
         changes.update(changed)
         notes += told

@@ -134,14 +134,14 @@ def packing_note(
     most: int,  # tokens that a pack holds
 ) -> str:  # one sentence
     "Say what packing does to a run."
-    batch = config.training.effective_batch_size
-    packings = [pack_rows(rows[start:start + batch], most) for start in range(0, len(rows), batch)]
-    n_packs = sum(len(packing.packs) for packing in packings)
+    batch = min(config.training.effective_batch_size, len(rows))
+    starts = range(0, len(rows) - batch + 1, batch)  # of whole steps; the last one of an epoch may have fewer rows
+    n_packs = sum(len(pack_rows(rows[start:start + batch], most).packs) for start in starts)
     wasted = padding_share([row.n_tokens for row in rows], config.training.per_device_train_batch_size)
-    each = n_packs / len(packings)
-    packs = "1 pack" if n_packs == len(packings) else f"{each:.1f} packs"
-    return (f"packing: the {min(batch, len(rows))} rows of a step go through in {packs} of up to {most} tokens, "
-            f"{len(rows) / n_packs:.1f} rows a pack; no padding, {wasted:.0%} without packing")
+    each = n_packs / len(starts)
+    packs = "1 pack" if each == 1 else f"{each:.1f} packs"
+    return (f"packing: the {batch} rows of a step go through in {packs} of up to {most} tokens, "
+            f"{batch / each:.1f} rows a pack; no padding, {wasted:.0%} without packing")
 
 
 def settle_packing(
