@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 # %% auto #0
-__all__ = ['FOUR_BITS', 'PARTS', 'base_shape', 'read_shape', 'with_layers', 'round_layers', 'planned_model', 'Holdings', 'Tally',
-           'UnpackedProduct', 'rounded_forward', 'make_fake', 'Passage', 'watch_head', 'gpu_kernels', 'StepTrace',
-           'fake_inputs', 'optimizer_bytes', 'standing_bytes', 'ready_to_trace', 'trace_pass', 'trace_step', 'gib',
-           'MemoryBudget', 'moments_of', 'memory_budget']
+__all__ = ['GROUPED', 'FOUR_BITS', 'EXPERTS', 'PARTS', 'base_shape', 'read_shape', 'with_layers', 'round_layers', 'planned_model',
+           'Holdings', 'Tally', 'UnpackedProduct', 'rounded_forward', 'make_fake', 'Passage', 'watch_head',
+           'gpu_kernels', 'StepTrace', 'fake_inputs', 'optimizer_bytes', 'standing_bytes', 'ready_to_trace',
+           'trace_pass', 'trace_step', 'gib', 'MemoryBudget', 'moments_of', 'memory_budget']
 
 # %% ../nbs/54_budget.ipynb #ac85e6ac
 from .config import FineTuningConfig
@@ -64,8 +64,8 @@ def read_shape(
         with quiet_libraries():
             return AutoConfig.from_pretrained(str(path.parent), local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-        reason = str(problem).strip().split(". ")[0].splitlines()[0]
-        raise FinetuningError(f"{path} describes no model that this transformers knows: {reason}") from None
+        raise FinetuningError(f"{path} describes no model that this transformers knows: "
+                              f"{str(problem).strip().split('. ')[0].splitlines()[0]}") from None
 
 # %% ../nbs/54_budget.ipynb #fe348f99
 def with_layers(
@@ -149,6 +149,9 @@ class Holdings:
             label[0] = "gradients"
 
 # %% ../nbs/54_budget.ipynb #0999b2bb
+GROUPED = {"aten._grouped_mm": 2, "transformers.grouped_mm_fallback": 2, "transformers.grouped_mm_fallback_backward": 4}
+
+
 class Tally(Holdings, TorchDispatchMode):
     "Counts the bytes, the operations and the arithmetic of whatever runs inside it"
 
@@ -163,6 +166,7 @@ class Tally(Holdings, TorchDispatchMode):
         made = sum(self.note(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor))
         rule = flop_registry.get(function._overloadpacket)
         self.flops += rule(*args, **(kwargs or {}), out_val=out) if rule else 0
+        self.flops += (n := GROUPED.get(str(function._overloadpacket), 0)) and n * args[0].numel() * args[1].shape[-1]
         if made or function._schema.is_mutable:
             read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
             self.traffic += made + sum(each.numel() * each.element_size() for each in read)
@@ -356,6 +360,9 @@ def ready_to_trace(
     return model, tally
 
 # %% ../nbs/54_budget.ipynb #5b79c833
+EXPERTS = "transformers.integrations.moe._can_use_grouped_mm"  # without numbers, that kernel knows bfloat16 only
+
+
 def trace_pass(
     config: FineTuningConfig,  # settings
     shape,  # the base's own config, every layer of it is traced
@@ -369,6 +376,7 @@ def trace_pass(
     with ExitStack() as stack, quiet_libraries():
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu_kernels(on_gpu))
+        stack.enter_context(patch(EXPERTS, lambda x, weight, *more: weight.dtype == torch.bfloat16, create=True))
         model, tally = ready_to_trace(config, planned, train)
         stack.enter_context(cast_once(model, half))
         stack.enter_context(tally)
