@@ -21,20 +21,22 @@ from pathlib import Path
 from .data_commands import add_clean, add_convert, add_validate, count, run_clean, run_convert
 from .data_commands import run_validate
 from .evaluation_commands import add_compare, add_evaluate, run_compare, run_evaluate
-from .flags import add_flags, add_names, hyphenated, layers_of, nearest_flag
+from .flags import add_flags, add_names, hyphenated, in_flags, layers_of, nearest_flag
 from .processes import announce_failure, is_main_process
 from .screens import DryScreen, RunScreen, Screen, plain_letters
 
 # %% ../nbs/80_cli.ipynb #292aa565
 @contextmanager
-def told_in_sentences():  # use as `with told_in_sentences():`
+def told_in_sentences(
+    parser: argparse.ArgumentParser | None = None,  # of the command, whose flags messages name; None: as they are
+):  # use as `with told_in_sentences():`
     "Turn every way to fail into a sentence on standard error and an exit code"
     from finetuning_kit.settings import FinetuningError
 
     try:
         yield
     except FinetuningError as error:
-        raise SystemExit(tell_error(str(error), 2)) from None
+        raise SystemExit(tell_error(in_flags(str(error), parser) if parser else str(error), 2)) from None
     except KeyboardInterrupt:
         raise SystemExit(tell_error("interrupted", 130)) from None
     except OSError as error:
@@ -352,7 +354,7 @@ def main(
     elif options["command"] is None:
         parser.print_help()
     else:
-        with told_in_sentences():
+        with told_in_sentences(commands.choices[options["command"]]):
             return COMMANDS[options["command"]][2](options)
     return 0
 

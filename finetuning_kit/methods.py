@@ -17,7 +17,7 @@ __all__ = ['VIRTUAL', 'METHOD_WORDS', 'STARTS', 'STATE_FILE', 'MEMORIES', 'virtu
 # %% ../nbs/32_methods.ipynb #0b056600
 from .config import FineTuningConfig, LoRAConfig
 from .machine import check_config, precision_of
-from .models import load_model, quiet_libraries, resolve_model_name
+from .models import check_things, load_model, quiet_libraries, resolve_model_name
 from .settings import FinetuningError
 from .targets import check_whole, freeze_bottom, is_tied, layer_stack, norm_names
 from .targets import target_layers, trained_parts
@@ -173,8 +173,16 @@ def attach(
     base_name: str | None = None,  # what the adapter's files call the base; None: where it was loaded from
 ) -> PeftModel:  # the base, frozen, with what trains beside it in fp32
     "Put an adapter on a model, and keep this machine's paths out of its files."
-    with quiet_libraries():
-        adapted = peft.get_peft_model(model, settings)
+    try:
+        with quiet_libraries():
+            adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        _, words, lacks = str(error).partition("ParamWrapper does not work with ")
+        if not words:
+            raise
+        raise FinetuningError(f"this model keeps its experts in one parameter, whose adapter PEFT gives no "
+                              f"`{lacks.split()[0].split('=')[0]}`; turn it off (0 or false), or name other "
+                              "`target_modules`, such as the attention's") from None
     settings.base_model_name_or_path = base_name or settings.base_model_name_or_path
     if getattr(settings, "tokenizer_name_or_path", None):  # the words have done their work
         settings.prompt_tuning_init, settings.tokenizer_name_or_path = peft.PromptTuningInit.RANDOM, None
@@ -193,6 +201,7 @@ def add_lora(
     base_name: str | None = None,  # what the adapter's files call the base; None: where it was loaded from
 ) -> PeftModel:  # the base, frozen, with a fresh adapter on every chosen layer
     "Put a LoRA adapter on a model."
+    check_things({"model": model, "lora": lora})
     return attach(model, peft.LoraConfig(**lora_options(lora, model)), base_name)
 
 # %% ../nbs/32_methods.ipynb #e13a4e9a

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'rows_fingerprint', 'allowed_faults', 'fit_rows', 'formatter_of', 'refuse_long', 'encode_rows', 'part_pairs',
-           'encode_held_out', 'PreparedData', 'read_pairs', 'read_part', 'refuse_preferences', 'refuse_nothing',
-           'skip_rows', 'data_notes', 'shared_notes', 'prepare_data']
+           'encode_held_out', 'PreparedData', 'read_pairs', 'read_part', 'refuse_preferences', 'refuse_other_shape',
+           'refuse_nothing', 'skip_rows', 'data_notes', 'shared_notes', 'prepare_data']
 
 # %% ../nbs/47_pipeline.ipynb #8c0b4f9f
 import hashlib
@@ -22,7 +22,7 @@ from .mappings import read_mapping
 from .reading import read_rows
 from .records import Feedback, PreferencePair
 from .settings import FinetuningError
-from .shapes import FORMATS, Detection, detect_shape
+from .shapes import FORMATS, Detection, detect_shape, listed
 from .splitting import split_rows
 from .lengths import EncodedSet
 from .tokens import encode_records
@@ -209,6 +209,21 @@ def refuse_preferences(
                         "training learns answers, so give rows with one answer each, or choose a shape with `mapping`")
 
 
+def refuse_other_shape(
+    detection: Detection,  # which shape the training rows have
+    rows: list,  # held-out rows
+    allow_mixture: bool = False,  # True: each file is read by its own shape
+) -> None:  # nothing where a held-out row has the columns of the training rows
+    "Refuse, in one sentence, an evaluation set that is written in another way"
+    own = detection.mapping
+    if allow_mixture or not rows or any(own.required.keys() <= row.data.keys() for row in rows):
+        return
+    raise DataError("other_shape", f"the training rows have the shape {own.format} ({listed(own.required)}), and none "
+                    f"of the {len(rows)} held-out rows has these columns: the first has {listed(rows[0].data)}; write "
+                    "one file in the shape of the other (`finetuning-kit convert` does it), or set `allow_mixture` to "
+                    "true and leave `mapping` out")
+
+
 def refuse_nothing(
     rows: EncodedSet,  # what is left to train on
     ledger: Ledger,  # knows what became of the others
@@ -271,6 +286,7 @@ def prepare_data(
     held_out = None if eval_dataset is None else read_part(config, eval_dataset, ledger)
     detection = detect_shape(rows, None if config.mapping is None else read_mapping(config.mapping))
     refuse_preferences(detection)
+    refuse_other_shape(detection, held_out, config.allow_mixture and config.mapping is None)
     report = validate_dataset(rows, held_out, config.task, config.mapping, config.allow_mixture)
     report = replace(report, source={"dataset": str(dataset)} if isinstance(dataset, (str, Path)) else {})
     fit, skipped = fit_rows(rows, report, config.on_bad, config.allow_faults)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['FULL_WORDS_OF_MEMORY', 'is_memory_full', 'free_memory', 'Attempt', 'Way', 'next_portion', 'fewer_rows',
-           'smaller_moments', 'less_in_a_pass', 'ReliefPlan', 'relief_plan', 'MemoryFull', 'memory_guard',
-           'rows_in_pack', 'cut_batch', 'StepStart', 'NotingTrainer', 'batch_in_use', 'smaller_portion',
+__all__ = ['FULL_WORDS_OF_MEMORY', 'is_memory_full', 'free_memory', 'halving', 'Attempt', 'Way', 'next_portion', 'fewer_rows',
+           'smaller_moments', 'smaller_model', 'less_in_a_pass', 'ReliefPlan', 'relief_plan', 'MemoryFull',
+           'memory_guard', 'rows_in_pack', 'cut_batch', 'StepStart', 'NotingTrainer', 'batch_in_use', 'smaller_portion',
            'portion_words', 'HalvingTrainer', 'relief_notes', 'RelievedTrainer']
 
 # %% ../nbs/59_relief.ipynb #d1ee1a9f
@@ -59,10 +59,25 @@ def free_memory(
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
+
+def halving(
+    work: Callable,  # called with how many at once
+    at_once: int,  # the most to begin with
+):  # what `work` returns
+    "Do something with as many at once as fit: after a full memory with half as many"
+    while True:
+        try:
+            return work(at_once)
+        except Exception as error:
+            if not is_memory_full(error) or at_once == 1:
+                raise
+            free_memory(error)
+        at_once //= 2
+
 # %% ../nbs/59_relief.ipynb #92b041c9
 class Attempt(NamedTuple):
     "What a trainer was doing"
-    phase: str = ""  # forward pass, backward pass, optimizer step, evaluation; empty: not known
+    phase: str = ""  # forward pass, backward pass, optimizer step, evaluation, or what no step does; empty: not known
     step: int = 0  # the optimizer step
     rows: int = 0  # rows that went through the model at once
     length: int = 0  # tokens of the longest of them; of a pack, all of its tokens
@@ -77,7 +92,7 @@ class Attempt(NamedTuple):
         return size + (f", the longest is {self.place}" if self.place else "")
 
     def __str__(self):
-        return f" in the {self.phase} of step {self.step} ({self.load})" if self.phase else ""
+        return f" in the {self.phase}{f' of step {self.step} ({self.load})' * (self.rows > 0)}" if self.phase else ""
 
 # %% ../nbs/59_relief.ipynb #b7720ffe
 class Way(NamedTuple):
@@ -128,6 +143,17 @@ def smaller_moments(
             + [Way({"method": "lora"}, "an adapter is trained instead of the weights")] * (not config.trains_adapter))
 
 
+def smaller_model(
+    config: FineTuningConfig,  # what was asked for
+) -> list[Way]:  # cheapest first
+    "Make the weights themselves fit: where a model is loaded or asked, no step has begun"
+    four = has_bitsandbytes() and config.trains_adapter and not config.load_in_4bit
+    return ([Way({"load_in_4bit": True}, "weights in 4 bits, a little less exact")] * four
+            + [Way({"method": "lora"}, "an adapter is trained, and the weights may be in half precision")]
+            * (not config.trains_adapter)
+            + [Way({"device_map": "cpu"}, "slow, and the computer's own memory")] * (config.device_map != "cpu"))
+
+
 def less_in_a_pass(
     config: FineTuningConfig,  # what was asked for
     attempt: Attempt,  # what did not fit
@@ -156,7 +182,8 @@ class ReliefPlan:
     def __str__(self):
         head = "the memory is full" if self.attempt.rows != 1 else "one row alone does not fit: the memory is full"
         ways = "; or ".join(f"{way.words} ({way.cost})" for way in self.ways)
-        return f"{head}{self.attempt}, with a peak of {self.peak_gib:.1f} GiB; set {ways}"
+        cure = f"set {ways}" if ways else "take a smaller base model"
+        return f"{head}{self.attempt}, with a peak of {self.peak_gib:.1f} GiB; {cure}"
 
     def _repr_markdown_(self):
         rows = [(way.words, way.cost) for way in self.ways]
@@ -170,7 +197,8 @@ def relief_plan(
 ) -> ReliefPlan:  # shows itself as a table
     "Say how a run could be made to fit, cheapest first"
     attempt = attempt or Attempt(rows=config.training.per_device_train_batch_size)
-    ways = smaller_moments(config) if attempt.phase == "optimizer step" else less_in_a_pass(config, attempt, lengths)
+    ways = (smaller_model(config) if attempt.phase and not attempt.rows else smaller_moments(config)
+            if attempt.phase == "optimizer step" else less_in_a_pass(config, attempt, lengths))
     return ReliefPlan(attempt, peak_memory(), [way for way in ways if not problem_of(config, way.changes)])
 
 # %% ../nbs/59_relief.ipynb #110b0c93
@@ -192,6 +220,7 @@ def memory_guard(
     progress: RunProgress | None = None,  # knows what was being done
     rows: tuple = ((), ()),  # rows to learn from, to measure on
     model=None,  # its gradients are let go of; None: there is none
+    doing: str = "",  # what was done, where it is no step, such as "loading of the model"
 ):  # use as `with memory_guard(config):`
     "Turn a full memory into a plan, and let go of what filled it"
     is_full = False
@@ -207,7 +236,8 @@ def memory_guard(
             model.zero_grad(set_to_none=True)
         model = None  # a notebook keeps this frame with the error
         free_memory()
-        plan = relief_plan(config, getattr(progress, "attempt", None), [row.n_tokens for part in rows for row in part])
+        attempt = Attempt(doing) if doing else getattr(progress, "attempt", None)
+        plan = relief_plan(config, attempt, [row.n_tokens for part in rows for row in part])
         alone = n_processes() == 1 and not config.training.auto_batch and plan.attempt.rows > 1
         more = ["`auto_batch: true` does the first of these while the run goes on"] * alone
         more += [what_is_left(progress)] if progress else []

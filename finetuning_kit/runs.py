@@ -17,11 +17,12 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog',
-           'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given']
+           'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given', 'check_count']
 
 # %% ../nbs/48_runs.ipynb #929cef92
 from .config import FineTuningConfig
 from .machine import check_config
+from .models import THINGS, check_things
 from .processes import is_main_process, meet, n_processes
 from .settings import FinetuningError
 
@@ -272,8 +273,7 @@ def open_folder(
     return folder
 
 # %% ../nbs/48_runs.ipynb #85d94b61
-LOADED = {"folder": ("is_open", 'RunFolder("runs/mine")'), "model": ("named_parameters", 'load_model("pocket")'),
-          "tokenizer": ("decode", 'load_tokenizer("pocket")')}  # argument -> what it must have, and what makes one
+LOADED = {**THINGS, "folder": ("is_open", 'RunFolder("runs/mine")')}  # argument -> what it must have, what makes one
 
 
 def check_given(
@@ -282,8 +282,14 @@ def check_given(
 ) -> None:  # raises
     "Refuse names where a run needs the thing itself."
     check_config(config)
-    for name, given in loaded.items():
-        mark, maker = LOADED[name]
-        if given is not None and not hasattr(given, mark):
-            raise FinetuningError(f"`{name}` must be the thing itself, got {given!r:.60}; make one, such as {maker}, "
-                                  "or leave it out")
+    check_things({name: given for name, given in loaded.items() if given is not None}, LOADED)
+
+
+def check_count(
+    name: str,  # of the argument
+    number: int,  # what was given
+    least: int = 0,  # smallest number allowed
+) -> None:  # raises
+    "Refuse what is no count."
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise FinetuningError(f"`{name}` must be a whole number, at least {least}, got {number!r:.60}")

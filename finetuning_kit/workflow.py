@@ -30,8 +30,9 @@ from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
 from .profiles import demo_config
+from .relief import halving, memory_guard
 from .records import Document
-from .runs import RunFiles, RunFolder, check_folder, check_given
+from .runs import RunFiles, RunFolder, check_count, check_folder, check_given
 from .settings import FinetuningError, markdown_table, setting_rows
 from .side_by_side import save_answers
 from .encoding import RowView, show_row
@@ -63,8 +64,10 @@ def measure(
         return None, None
     asked = [record for record in data.eval_records if not isinstance(record, Document)][:max_answers]
     facts = [row.data for row in read_rows("pocket:probe")] if config.model_name == "pocket" else []
-    answers = evaluate(model, tokenizer, asked, formatter_of(config), longest_answer(data.eval_rows)) if asked else None
-    return answers, completion_accuracy(model, tokenizer, facts) if facts else None
+    longest, formatter = longest_answer(data.eval_rows), formatter_of(config)
+    with memory_guard(config, doing="answers to held-out questions"):
+        answers = halving(lambda n: evaluate(model, tokenizer, asked, formatter, longest, n), 32) if asked else None
+        return answers, completion_accuracy(model, tokenizer, facts) if facts else None
 
 # %% ../nbs/67_workflow.ipynb #b9ddfe7b
 def template_fingerprint(
@@ -322,6 +325,7 @@ def fine_tune(
 ) -> FineTuned:  # figures, answers, files
     "Check the rows, train, compare with the base, merge, verify, and leave a folder that explains itself"
     check_given(config, folder=folder)
+    check_count("max_answers", max_answers)
     on_event = on_event if is_main_process() else None
     tell = on_event or (lambda event: None)
     tokenizer = load_tokenizer(config.model_name)
@@ -330,8 +334,9 @@ def fine_tune(
     rows = (data.train_rows.rows, data.eval_rows.rows)
     join_processes(on_cpu=config.device_map == "cpu")
     folder = open_place(config, folder, rows, resume)
-    model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=base_precision(config),
-                       device=config.device_map)
+    with memory_guard(config, doing="loading of the model"):
+        model = load_model(config.model_name, load_in_4bit=config.load_in_4bit, precision=base_precision(config),
+                           device=config.device_map)
     check_fit(rows[0] + rows[1], model)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})

@@ -317,6 +317,9 @@ def budget_problems(path) -> list:
     filled = [(place, cell) for place, cell in enumerate(notebook["cells"]) if code(cell)]
     problems = [f"cell {place} ({code(cell).splitlines()[0][:40]}) {problem}"
                 for place, cell in filled for problem in cell_budget_problems(cell)]
+    title = next((source(cell) for cell in notebook["cells"] if source(cell).startswith("# ")), "")
+    if not re.search(r"(?m)^> .*[.!?]$", title):
+        problems.append("has no promise under its title, a line that begins with > and ends with a full stop")
     if len(notebook["cells"]) > CELLS:
         problems.append(f"has {len(notebook['cells'])} cells; the limit is {CELLS}")
     words = sum(n_words(source(cell)) for cell in notebook["cells"] if cell["cell_type"] == "markdown")

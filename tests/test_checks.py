@@ -219,6 +219,7 @@ FAULTS = [  # what does it, which check, words of its complaint
     (beta_with("    return", "    number += 0\n" * 30 + "    return"), "budgets", "the body of `quadruple` has 31"),
     (beta_with(LAST, LAST + " " * 99 + "# end"), "budgets", "a line of 134 columns"),
     (beta_with("Four times is", "Four " * 120), "budgets", "words; the limit is 150"),
+    (beta_with("chapter above has built.", "chapter above has built"), "budgets", "has no promise under its title"),
     (beta_with("---\n#| cuda", "---\n# More\n" * 160 + "---\n#| cuda"), "budgets", "cells; the limit is 160"),
     (lambda t: in_beta(t, BETA.replace("Four times is", "```\nFour is").replace("what it explained.", "```")),
      "budgets", "words of prose for a line"),

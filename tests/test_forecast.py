@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from finetuning_kit.budget import Tally, base_shape, memory_budget, planned_model
 from finetuning_kit.cli import main
-from finetuning_kit.config import USUAL_RATE, VARIANTS
+from finetuning_kit.config import USUAL_RATE, VARIANTS, FineTuningConfig
 from finetuning_kit.encoding import EncodedRow
 from finetuning_kit.forecast import GPUS, estimate
 from finetuning_kit.machine import has_bitsandbytes
@@ -101,3 +101,37 @@ def test_the_budget_is_what_training_holds(changes):
         train(config, [EncodedRow(row, row) for row in ids])
     held = max(sum(accounts.values()) for accounts in real.peaks.values())
     assert 0.95 < memory_budget(config, base_shape("pocket"), on_gpu=False).peak / held < 1.05
+
+
+def of_experts(kind):
+    "A tiny mixture of experts: sixteen chosen from by twos, or four."
+    from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+    tiny = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "num_experts_per_tok": 2}
+    some = {"moe_intermediate_size": 32, "num_experts": 16}
+    return {"mixtral": lambda: MixtralConfig(**tiny, num_local_experts=4),
+            "qwen2_moe": lambda: Qwen2MoeConfig(**tiny, **some, shared_expert_intermediate_size=64),
+            "qwen3_moe": lambda: Qwen3MoeConfig(**tiny, **some, head_dim=16)}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("method", ["lora", "full", "qlora", "ia3"])
+def test_experts_are_counted_exactly_and_their_work_too(kind, method):
+    from transformers import AutoModelForCausalLM
+
+    shape = of_experts(kind)
+    adapter = {"target_modules": "all-linear", "lora_dropout": 0} if method in ("lora", "qlora") else {}
+    config = FineTuningConfig(model_name="pocket", method=method, bf16=True, **adapter)
+    told = memory_budget(config, shape, rows=2, length=32, on_gpu=False)
+    plain = config.replace(load_in_4bit=False)
+    model, _ = prepare_method(plain, AutoModelForCausalLM.from_config(shape))
+    assert (told.count.trainable, told.count.total) == (count_parameters(model).trainable, count_parameters(model).total)
+    experts = 2 * 2 * 64 * 2 * 3 * 64 * shape.to_dict().get("moe_intermediate_size", 128)  # layers, tokens by twos, three
+    assert told.work["flops"] > 2 * experts  # forward, and backward to the input at least
+
+
+def test_what_the_experts_adapter_lacks_is_said():
+    config = FineTuningConfig(model_name="pocket", bf16=True, target_modules="all-linear", lora_dropout=0.1)
+    with pytest.raises(FinetuningError, match="whose adapter PEFT gives no `lora_dropout`"):
+        memory_budget(config, of_experts("mixtral"), rows=2, length=32)

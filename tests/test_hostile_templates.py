@@ -1,12 +1,13 @@
 """Chat templates by strangers run no code, take two seconds at most, and stay within 256 MB."""
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from finetuning_kit.models import load_tokenizer
+from finetuning_kit.models import load_tokenizer, pocket_model_path
 from finetuning_kit.rendering import MEMORY_LIMIT, RENDERER, Renderer, render
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.tracing import literals_watched
@@ -122,3 +123,14 @@ def test_a_template_that_was_lost_three_times_is_not_tried_again():
         assert renderer.render(GREEDY["loops in loops"], {})["kind"] == "Lost"
     assert time.monotonic() - started < 15
     renderer.stop()
+
+@pytest.mark.parametrize("template, words", [
+    (GREEDY["loops in loops"], "takes more than 1 s"), (GREEDY["a long text"], "takes more than 1 s"),
+    ("{% if messages %}", "not valid Jinja, line 1")])
+def test_a_tokenizer_with_such_a_template_is_refused_in_time(tmp_path, tokenizer, template, words):
+    shutil.copytree(pocket_model_path(), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    started = time.monotonic()
+    with pytest.raises(FinetuningError, match=words):
+        load_tokenizer(str(tmp_path / "model"))
+    assert time.monotonic() - started < 10

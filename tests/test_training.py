@@ -142,3 +142,15 @@ def test_what_a_failed_attempt_held_is_let_go_and_the_next_one_works(tmp_path, m
     assert models == []
     assert in_thin_air(tmp_path / "second", max_steps=2).status == "finished"
     assert Path(tmp_path / "first" / "instruct_pocket" / "run.json").exists()
+
+
+def test_moments_in_eight_bits_work_on_a_cpu_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    losses = []
+    for optim in ("adamw_torch", "paged_adamw_8bit"):
+        config = demo_config(output_dir=str(tmp_path / optim), optim=optim, max_steps=6, warmup_steps=0,
+                             logging_steps=1, eval_strategy="no")
+        run = train(config, ROWS)
+        losses.append([entry["loss"] for entry in run.history if "loss" in entry])
+    assert any(note.startswith("optim: adamw_8bit (paging") for note in run.notes)
+    assert losses[1] == pytest.approx(losses[0], abs=0.01) and losses[1][-1] < losses[1][0]
