@@ -127,7 +127,7 @@ def test_experts_are_counted_exactly_and_their_work_too(kind, method):
     plain = config.replace(load_in_4bit=False)
     model, _ = prepare_method(plain, AutoModelForCausalLM.from_config(shape))
     assert vars(told.count) == vars(count_parameters(model))
-    experts = 2 * 2 * 64 * 2 * 3 * 64 * shape.to_dict().get("moe_intermediate_size", 128)  # layers, tokens by twos, three
+    experts = 2 * 64 * 2 * 3 * 64 * shape.to_dict().get("moe_intermediate_size", 128)  # layers, tokens, by twos, three
     assert told.work["flops"] > 2 * experts  # forward, and backward to the input at least
 
 
