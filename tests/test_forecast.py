@@ -126,8 +126,8 @@ def test_experts_are_counted_exactly_and_their_work_too(kind, method):
     told = memory_budget(config, shape, rows=2, length=32, on_gpu=False)
     plain = config.replace(load_in_4bit=False)
     model, _ = prepare_method(plain, AutoModelForCausalLM.from_config(shape))
-    assert (told.count.trainable, told.count.total) == (count_parameters(model).trainable, count_parameters(model).total)
-    experts = 2 * 2 * 64 * 2 * 3 * 64 * shape.to_dict().get("moe_intermediate_size", 128)  # layers, tokens by twos, three
+    assert vars(told.count) == vars(count_parameters(model))
+    experts = 2 * 64 * 2 * 3 * 64 * shape.to_dict().get("moe_intermediate_size", 128)  # layers, tokens, by twos, three
     assert told.work["flops"] > 2 * experts  # forward, and backward to the input at least
 
 
