@@ -1,10 +1,11 @@
 """The fault zoo in LLaMA-Factory: each case in the tool's own format, run by the tool's own trainer.
 
 The tool lives in an environment of its own, whose Python is given (`python -m tests.benchmarks.zoo --parts others
---other PYTHON`). Rows become a ShareGPT data set whose tags are the rows' own, settings get the tool's names, and what
-is not said keeps its default; `template` is left out, so that the model's own is read. Runs that a case starts from
-(a killed one, a finished one) are made by the tool as well. It "warns" when a line that calls itself a warning is
-printed that is not printed in a clean scene; whatever ends in an exception is an "error".
+--other PYTHON`; beside a CPU build of torch, `torchvision` has to be uninstalled and the libraries in `torchaudio/lib`
+deleted, for both ask for CUDA). Conversations become a ShareGPT data set with speakers called user and assistant,
+settings get the tool's names, what is not said keeps its default; `template` is left out, so that the model's own is
+read. Runs that a case starts from (a killed one, a finished one) are made by the tool as well. It "warns" when a line
+that calls itself a warning is printed that is not printed in a clean scene; what ends in an exception is an "error".
 """
 import json
 import os
@@ -28,7 +29,8 @@ from llamafactory.train.tuner import export_model, run_exp
 from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform
 for kind in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):
     list(kind._model_mapping.keys())
-print(json.dumps({name: version(name) for name in ("llamafactory", "trl", "peft", "transformers", "torch")}), flush=True)
+names = ("llamafactory", "trl", "peft", "transformers", "torch")
+print(json.dumps({name: version(name) for name in names}), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -79,12 +81,12 @@ class LentKeeper(Keeper):
         "Run a clean scene once, as far as it got."
         if name not in self.kept:
             scene = self.kept[name] = self.scene()
-            scene.set(save_steps=2)
+            scene.set(save_steps=2 if n_steps < 8 else 4)
             status, said = self.run(scene, train_settings(scene))
             assert status == 0, said
             shutil.copytree(scene.folder.checkpoints / f"checkpoint-{n_steps}", scene.folder.adapter)
             for item in scene.folder.checkpoints.iterdir():  # a killed run has nothing but checkpoints
-                if n_steps < 8 and not (item.is_dir() and int(item.name.rpartition("-")[2]) <= n_steps):
+                if n_steps < 8 and item.name not in ("checkpoint-2", "checkpoint-4"):
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
         return self.kept[name]
 
@@ -97,7 +99,6 @@ class LentKeeper(Keeper):
 
 def write_rows(scene, name, rows) -> dict:
     "Write rows as they are, and say how the tool has to read them."
-    columns = {"prompt": "prompt", "response": "completion"}
     if isinstance(rows, str):
         rows, path = None, Path(rows)
     else:
@@ -106,7 +107,7 @@ def write_rows(scene, name, rows) -> dict:
     if rows and "chosen" in rows[0]:
         return {"file_name": path.name, "ranking": True, "columns": {key: key for key in rows[0]}}
     if rows and "prompt" in rows[0]:
-        return {"file_name": path.name, "columns": columns}
+        return {"file_name": path.name, "columns": {"prompt": "prompt", "response": "completion"}}
     return {"file_name": path.name, "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": TAGS}
 
 
@@ -169,4 +170,6 @@ def others(keeper, python, asks) -> dict:
         words = said.strip().splitlines()[-1] if status else new[0] if new else ""
         found[fault.name] = {"outcome": outcome, "words": words.replace(str(keeper.place), "…")[:200]}
         print(f"others {outcome:8} {time.time() - began:5.1f} s  {fault.name}: {words[:90]!r}", flush=True)
+    keeper.tool.stdin.close()
+    keeper.tool.wait()
     return {"tool": "LLaMA-Factory", "versions": keeper.versions, "cases": found}
