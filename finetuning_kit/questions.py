@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 # %% auto #0
 __all__ = ['SUITED', 'LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSet', 'open_questions', 'check_needs', 'suit_notes',
            'repeat_notes', 'room_notes', 'context_length', 'shorten_prompt', 'fit_prompts', 'encode_questions',
-           'try_metric', 'prepare_questions']
+           'check_ids', 'try_metric', 'prepare_questions']
 
 # %% ../nbs/64y_questions.ipynb #423c69b3
 from .asking import Answer
@@ -23,7 +23,7 @@ from .lengths import cut_prompt
 from .loading import iter_records
 from .methods import virtual_positions
 from .metrics import Exchange, Metric, missing_needs
-from .models import check_vocabulary, quiet_libraries
+from .models import quiet_libraries
 from .records import Message, Place, Row, TrainingSample
 from .settings import FinetuningError
 from .tokens import encode_batch, encode_prompt, uses_template
@@ -279,6 +279,18 @@ def encode_questions(
         first = next(iter(problems))
         raise FinetuningError(f"{asked.which(list(problems))}, cannot be asked: {problems[first]}")
 
+# %% ../nbs/64y_questions.ipynb #b2316916
+def check_ids(
+    asked: QuestionSet,  # encoded
+    model,  # that will read them
+) -> None:  # raises for a token that the model has no place for
+    "Refuse prompts that another model's tokenizer wrote"
+    n_ids = model.get_input_embeddings().weight.shape[0]
+    strange = [n for n, prompt in enumerate(asked.prompts) if max(prompt) >= n_ids]
+    if strange:
+        raise FinetuningError(f"the prompts use tokens up to {max(map(max, asked.prompts))}, the model knows 0 to "
+                              f"{n_ids - 1}: {asked.which(strange)}; load tokenizer and model from the same folder")
+
 # %% ../nbs/64y_questions.ipynb #37c4c968
 def try_metric(
     metric: Metric,  # what shall be measured
@@ -307,8 +319,8 @@ def prepare_questions(
         raise FinetuningError(f"`long_prompts` must be one of {', '.join(LONG_PROMPTS)}, got {long_prompts!r}")
     asked = open_questions(items, extras)
     check_needs(asked, metrics)
-    check_vocabulary(model, tokenizer)
     encode_questions(asked, tokenizer, formatter)
+    check_ids(asked, model)
     context = context_length(model)
     if context is not None:
         limit = f"the model's context of {context:,} tokens, `max_new_tokens` {max_new_tokens} counted in"

@@ -75,6 +75,7 @@ def test_the_published_figures_keep_the_goal():
     assert {case["name"] for case in found["kit"] if case["outcome"] not in CAUGHT} == MISSED
     assert len(found["clean"]) >= 30 and {run["name"] for run in found["clean"]} == set(CLEAN)
     assert sum(run["outcome"] != "passed" for run in found["clean"]) <= 0.01 * len(found["clean"])
+    assert set(found["others"]["cases"]) == {fault.name for fault in PLANTED}
     assert len(json.dumps(found)) < 200_000
 
 

@@ -1,6 +1,7 @@
 """The fault zoo, whole: what became of every fault here, in plain TRL, what it costs there, and the curves of the game.
 
     python -m tests.benchmarks.zoo [--parts kit clean crossed plain harm curves] [--output measured.json]
+    python -m tests.benchmarks.zoo --parts others --other PYTHON  # of an environment with LLaMA-Factory
 
 Parts that are not asked for stay in the file as they were. Plain TRL is SFTTrainer with PEFT's LoRA on the same layers
 and the settings that it has too (rate, batch, steps, length limit), everything else at its defaults; rows, model folder
@@ -25,6 +26,7 @@ from finetuning_kit.faults import Case, Keeper, call_human, change_places, go, j
 from finetuning_kit.faults import zoo_rows
 from finetuning_kit.traps import ANSWER, shift_words
 from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, PLANTED, judge_clean
+from tests.benchmarks.zoo_others import others
 
 HOME = Path(__file__).parents[2] / "finetuning_kit" / "assets" / "zoo" / "measured.json"
 MACHINE = "2 shared x86 cores with AVX-512 BF16, one thread, no GPU"
@@ -305,13 +307,17 @@ PARTS = {"kit": kit, "clean": clean, "crossed": crossed, "plain": plain, "harm":
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "others"], default=list(PARTS))
+    parser.add_argument("--other", help="Python of an environment in which LLaMA-Factory is installed")
     parser.add_argument("--output", type=Path, default=HOME)
     options = parser.parse_args()
+    if "others" in options.parts and not options.other:
+        parser.error("the part others needs --other PYTHON")
     torch.set_num_threads(1)
     for part in options.parts:
         with tempfile.TemporaryDirectory() as place:
-            found = PARTS[part](Keeper(place))
+            keeper = Keeper(place)
+            found = others(keeper, options.other, asks_plainly) if part == "others" else PARTS[part](keeper)
         kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
         kept |= {"date": "2026-11-27", "machine": MACHINE, part: found}
         options.output.parent.mkdir(parents=True, exist_ok=True)
