@@ -21,7 +21,7 @@ test: $(VENV)/ready-to-test  ## Set up as for the demo, add the tools of the tes
 export: $(VENV)/ready-to-test  ## Export the chapters to finetuning_kit/
 	$(BIN)/nbdev-export
 
-notebooks: $(VENV)/ready-to-test  ## Run chapters from a fresh kernel and store their outputs (NB="nbs/01_config.ipynb")
+notebooks: $(VENV)/ready-to-test  ## Run chapters from a fresh kernel and store their outputs (NB="nbs/001_config.ipynb")
 	$(BIN)/python -m tests.notebooks --store $(NB)
 
 readme: $(VENV)/ready-to-test  ## Render nbs/index.ipynb to README.md

@@ -34,7 +34,7 @@ def none_of(problems) -> None:
 # --- the tree -------------------------------------------------------------------------------------------------------
 def chapters(root) -> list:
     "The chapters' notebooks, in their order."
-    return sorted(Path(root).glob("nbs/[0-9][0-9]_*.ipynb"))
+    return sorted(Path(root).glob("nbs/[0-9][0-9][0-9]_*.ipynb"))
 
 
 def modules(root) -> dict:
@@ -109,17 +109,17 @@ def imported_modules(cell, homes) -> set:
 def layer_problems(root) -> list:
     "Chapters are numbered without a gap, named after their module, and import only from lower numbers."
     paths, problems = chapters(root), []
-    number = {path.stem[3:]: i for i, path in enumerate(paths)}
+    number = {path.stem[4:]: i for i, path in enumerate(paths)}
     homes = {name: module for module, names in public_names(root).items() for name in names}
-    problems += [f"{path.name}: a notebook is called NN_name.ipynb or index.ipynb"
+    problems += [f"{path.name}: a notebook is called NNN_name.ipynb or index.ipynb"
                  for path in sorted(Path(root).glob("nbs/*.ipynb")) if path not in paths and path.name != "index.ipynb"]
     for i, path in enumerate(paths):
         cells = code_cells(read(path))
-        if int(path.name[:2]) != i:
-            problems.append(f"{path.name}: the next number in order is {i:02}")
+        if int(path.name[:3]) != i:
+            problems.append(f"{path.name}: the next number in order is {i:03}")
         exports = [directives(cell)["default_exp"] for cell in read(path)["cells"] if "default_exp" in directives(cell)]
-        if exports != [path.stem[3:]]:
-            problems.append(f"{path.name}: default_exp is {exports}, not {path.stem[3:]}")
+        if exports != [path.stem[4:]]:
+            problems.append(f"{path.name}: default_exp is {exports}, not {path.stem[4:]}")
         problems += [f"{path.name} cell {place}: imports from `{name}`, which is no lower chapter"
                      for place, cell in cells for name in sorted(imported_modules(cell, homes))
                      if number.get(name, len(paths)) >= i]

@@ -1,7 +1,7 @@
 """Runs notebooks, stores their outputs, and renders the README.
 
-    python -m tests.notebooks nbs/60_training.ipynb                  run it in a kernel of its own, offline
-    python -m tests.notebooks --store nbs/60_training.ipynb          and keep the outputs, tidied, in the notebook
+    python -m tests.notebooks nbs/060_training.ipynb                  run it in a kernel of its own, offline
+    python -m tests.notebooks --store nbs/060_training.ipynb          and keep the outputs, tidied, in the notebook
     python -m tests.notebooks --store --flags "slow cuda" nbs/…      flagged cells too ("net" turns the network on)
     python -m tests.notebooks --readme                               write README.md from nbs/index.ipynb
 

@@ -32,7 +32,7 @@ def is_preface(cell) -> bool:
 @functools.cache
 def section(name, heading) -> dict:
     "The names that one section of a chapter defines, with the chapter's imports and exports."
-    [path] = (ROOT / "nbs").glob(f"[0-9][0-9]_{name}.ipynb")
+    [path] = (ROOT / "nbs").glob(f"[0-9][0-9][0-9]_{name}.ipynb")
     cells, names = [cell for cell in read(path)["cells"] if is_run(cell) or cell["cell_type"] == "markdown"], {}
     wanted = in_section(cells, heading)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -55,7 +55,7 @@ print("never run here")
 INDEX = '''\
 # Tiny
 
-Begin with [alpha](00_alpha.ipynb).
+Begin with [alpha](000_alpha.ipynb).
 ---
 #| hide
 print("hidden")
@@ -85,7 +85,7 @@ def sound(tmp_path_factory):
     shutil.copy(ROOT / "finetuning_kit" / "__init__.py", root / "finetuning_kit")
     for name in ("pyproject.toml", "settings.ini"):
         shutil.copy(ROOT / name, root)
-    for name, script in {"00_alpha": ALPHA, "01_beta": BETA, "index": INDEX}.items():
+    for name, script in {"000_alpha": ALPHA, "001_beta": BETA, "index": INDEX}.items():
         (root / "nbs" / f"{name}.ipynb").write_text(json.dumps(notebook_of(script)))
     export(root)
     for path in sorted(root.glob("nbs/*.ipynb")):
@@ -120,7 +120,7 @@ def replace(path, old, new) -> None:
 
 def in_beta(tree, script) -> None:
     "Write the second chapter anew, keep its stored outputs, and export."
-    path = tree / "nbs" / "01_beta.ipynb"
+    path = tree / "nbs" / "001_beta.ipynb"
     outputs = {cell["id"]: cell["outputs"] for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "code"}
     fresh = notebook_of(script)
     for cell in fresh["cells"]:
@@ -132,7 +132,7 @@ def in_beta(tree, script) -> None:
 
 def with_output(tree, **output) -> None:
     "Put an output into the second chapter's last but one cell."
-    path = tree / "nbs" / "01_beta.ipynb"
+    path = tree / "nbs" / "001_beta.ipynb"
     notebook = notebooks.read(path)
     notebook["cells"][4]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "", **output}]
     path.write_text(json.dumps(notebook))
@@ -184,9 +184,9 @@ FAULTS = [  # what does it, which check, words of its complaint
     (lambda t: replace(t / "finetuning_kit/alpha.py", "2 * num", "3 * num"), "export", "differs from its notebook"),
     (lambda t: (t / "finetuning_kit/gamma.py").write_text("__all__ = []\n"), "export", "no notebook exports it"),
     (lambda t: (t / "finetuning_kit/beta.py").unlink(), "export", "beta.py is missing"),
-    (renamed("01_beta.ipynb", "02_beta.ipynb"), "layers", "the next number in order is 01"),
-    (renamed("01_beta.ipynb", "01_gamma.ipynb"), "layers", "default_exp is ['beta'], not gamma"),
-    (renamed("01_beta.ipynb", "draft.ipynb"), "layers", "a notebook is called NN_name"),
+    (renamed("001_beta.ipynb", "002_beta.ipynb"), "layers", "the next number in order is 001"),
+    (renamed("001_beta.ipynb", "001_gamma.ipynb"), "layers", "default_exp is ['beta'], not gamma"),
+    (renamed("001_beta.ipynb", "draft.ipynb"), "layers", "a notebook is called NNN_name"),
     (beta_with("_kit.alpha import double", "_kit import quadruple as double"), "layers",
      "`beta`, which is no lower chapter"),
     (beta_with("_kit.alpha", "_kit.later"), "layers", "`later`, which is no lower chapter"),
@@ -201,9 +201,9 @@ FAULTS = [  # what does it, which check, words of its complaint
     (beta_with("def quad", FIELD), "documentation", "`Pair.left` has no comment"),
     (beta_with("def quad", "\n".join([LONG] * 10) + "\n\n\ndef quad"), "module", "beta.py has 457 lines"),
     (beta_with(f"---\n{LAST}", f"---\n2\n---\nprint(3)\n---\n{LAST}"), "outputs", "prints, but has no stored output"),
-    (lambda t: replace(t / "nbs/01_beta.ipynb", '"metadata": {\n  "k', '"metadata": {"widgets": {},\n  "k'), "outputs",
+    (lambda t: replace(t / "nbs/001_beta.ipynb", '"metadata": {\n  "k', '"metadata": {"widgets": {},\n  "k'), "outputs",
      "metadata holds widget state"),
-    (lambda t: replace(t / "nbs/01_beta.ipynb", '"metadata": {}', '"metadata": {"lines_to_next_cell": 1}'), "outputs",
+    (lambda t: replace(t / "nbs/001_beta.ipynb", '"metadata": {}', '"metadata": {"lines_to_next_cell": 1}'), "outputs",
      "jupytext's metadata"),
     (lambda t: with_output(t, output_type="error", ename="", evalue="", traceback=[]), "outputs", "holds an error"),
     (lambda t: with_output(t, name="stderr", text="Loading"), "outputs", "error stream"),
@@ -225,7 +225,7 @@ FAULTS = [  # what does it, which check, words of its complaint
      "budgets", "words of prose for a line"),
     (beta_with(LAST, '2, "times two"'), "budgets", "missed: quadruple"),
     (lambda t: replace(t / "README.md", "Begin", "Start"), "readme", "differs from nbs/index"),
-    (renamed("00_alpha.ipynb", "00_a.ipynb"), "readme", "links to nbs/00_alpha.ipynb, which is not there"),
+    (renamed("000_alpha.ipynb", "000_a.ipynb"), "readme", "links to nbs/000_alpha.ipynb, which is not there"),
     (lambda t: replace(t / "README.md", "Begin", "TO" "DO: begin"), "text", "holds a leftover"),
     (lambda t: replace(t / "README.md", "Begin", "See /" "home/ada/notes. Begin"), "text", "holds somebody's path"),
     (lambda t: replace(t / "settings.ini", "[DEFAULT]", "# pypi" ".org\n[DEFAULT]"), "text", "holds a registry's host"),
@@ -249,24 +249,24 @@ def test_heavy_import_is_found(tree):
 
 def test_failing_cell_is_found(tree):
     in_beta(tree, BETA.replace("quadruple(3), ", "assert quadruple(3) == 13, "))
-    found, = checks.run_problems(tree / "nbs" / "01_beta.ipynb")
+    found, = checks.run_problems(tree / "nbs" / "001_beta.ipynb")
     assert "AssertionError" in found
 
 
 def test_dead_kernel_is_found(tree):
     in_beta(tree, BETA.replace(LAST, "import os\nos._exit(1)"))
-    found, = checks.run_problems(tree / "nbs" / "01_beta.ipynb")
+    found, = checks.run_problems(tree / "nbs" / "001_beta.ipynb")
     assert "Kernel died" in found
 
 
 def test_missing_and_stale_outputs_are_found(tree):
     in_beta(tree, BETA.replace(LAST, "quadruple(3);").replace("#| cuda", ""))
-    found = " ".join(checks.run_problems(tree / "nbs" / "01_beta.ipynb"))
+    found = " ".join(checks.run_problems(tree / "nbs" / "001_beta.ipynb"))
     assert "has a stored output, but shows nothing" in found and "shows something, but has no stored output" in found
 
 
 def test_flagged_cell_runs_when_asked_for(sound):
-    path = sound / "nbs" / "01_beta.ipynb"
+    path = sound / "nbs" / "001_beta.ipynb"
     assert notebooks.run(path, ["cuda"]).keys() - notebooks.run(path).keys() == {"cell5"}
 
 
@@ -274,7 +274,7 @@ def test_flagged_cell_runs_when_asked_for(sound):
 def test_network_is_refused(tree, start):
     request = 'import urllib.request; urllib.request.urlopen("http://192.0.2.1/", timeout=5)'
     in_beta(tree, BETA.replace(LAST, start + request + ("'''], check=True)" if start else "")))
-    found, = checks.run_problems(tree / "nbs" / "01_beta.ipynb")
+    found, = checks.run_problems(tree / "nbs" / "001_beta.ipynb")
     assert ("CalledProcessError" if start else "the network is off") in found
 
 
@@ -287,4 +287,4 @@ def test_loopback_is_not_refused():
 
 def test_home_is_empty_and_apart(tree):
     in_beta(tree, BETA.replace(LAST, "import os\nassert os.listdir(os.environ['HOME']) == ['ipython']\n1, 2"))
-    assert checks.run_problems(tree / "nbs" / "01_beta.ipynb") == []
+    assert checks.run_problems(tree / "nbs" / "001_beta.ipynb") == []

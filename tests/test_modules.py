@@ -5,7 +5,7 @@ from tests import checks
 from tests.checks import none_of
 from tests.notebooks import ROOT
 
-ORDER = [path.stem[3:] for path in checks.chapters(ROOT)]
+ORDER = [path.stem[4:] for path in checks.chapters(ROOT)]
 LOOKS = ORDER[:ORDER.index("review") + 1]  # what looks at data is light
 LIGHT = [name for name in LOOKS if name not in ("packing", "targets", "methods")]
 LIGHT += ["screens", "flags", "cli"]
