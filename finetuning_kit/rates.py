@@ -198,7 +198,8 @@ def rate_lines(
         "as good": f"{found.interval[0]:.2g} to {found.interval[1]:.2g}, as far as such a search can tell",
         "error": f"in {n} small tasks with {kind} the final loss differed from the best of twelve rates' by {usual:+.1%} "
                  f"in the median, {worst:+.0%} at worst; by {of_fall:+.2%} of what training gains",
-        "cost": f"the rows of {found.n_spent:.0f} steps in {clock_words(found.seconds)}, {found.cost:.1%} of twelve whole runs",
+        "cost": f"the rows of {found.n_spent:.0f} steps in {clock_words(found.seconds)}, {found.cost:.1%} of twelve "
+                "whole runs",
         **({"careful": "; ".join(found.notes)} if found.notes else {})}
 
 
@@ -450,7 +451,7 @@ def rate_panel(
         key = dials.method, dials.batch_size, dials.lowest, dials.highest
         if key not in stored and not dials.measure:
             n = SearchPlan(config.training.total_steps(len(train_rows))).budget
-            return f"nothing is stored for this; a search takes {n} steps: tick `measure`"
+            return f"nothing is stored for this; a search takes the rows of {n} steps: tick `measure`"
         if key not in stored:
             usual, changed = USUAL_RATE[dials.method], config.replace(method=dials.method).replace(**{
                 "training.per_device_train_batch_size": dials.batch_size, "training.gradient_accumulation_steps": 1})

@@ -62,7 +62,8 @@ def test_killed_at_random(tmp_path, seed):
     draw, path = random.Random(seed), tmp_path / "deep" / "answers.jsonl"
     precision = ("fp32", "bf16")[seed % 2]
     n_kills = 0
-    while n_kills < 4 and not run_and_kill(path, precision, draw.randrange(900), 60 if seed % 3 else draw.uniform(1, 4)):
+    while n_kills < 4 and not run_and_kill(path, precision, draw.randrange(900),
+                                           60 if seed % 3 else draw.uniform(1, 4)):
         n_kills += 1
     found = collect(path, precision)
     assert found.answers == generate_answers(MODELS[precision], TOKENIZER, PROMPTS, 6, batch_size=4)

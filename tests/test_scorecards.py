@@ -16,7 +16,8 @@ from finetuning_kit.settings import FinetuningError
 from finetuning_kit.side_by_side import compare_folders, load_answers, pair_answers, save_answers
 
 HOSTILE = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</bdi></dl></article></div><h1>owned</h1>",
-           '" onmouseover="alert(1)', "javascript:alert(1)", "&lt;b&gt;", "<!-- ", "]]>", "<style>*{display:none}</style>",
+           '" onmouseover="alert(1)', "javascript:alert(1)", "&lt;b&gt;", "<!-- ", "]]>",
+           "<style>*{display:none}</style>",
            "a\u202eb\u2066c", "\x1b[2J\x00\x07", "half \ud800 a character", "![x](http://a.b/?q)", "$\\frac{1}{2}$",
            "`rm -rf`", "| a | b |\n|---|---|", "\u2028\u2029", "👩‍👩‍👧 عربي עברית 日本語", "_hidden", "", " \n\t ")
 

@@ -4,8 +4,8 @@
 
 The same prompts, the same greedy settings, one thread; the contestants take turns (A B A B). "One by one" calls
 Transformers' `generate` a prompt at a time; "in batches" is `collect_answers`, with a file that keeps the answers. Each
-is run in fp32 and in bf16. Where the tokens of a row differ, the two tokens at the first difference are weighed: how far
-apart their logits are in fp32, and how far rounding moves a logit from one shape of a batch to another.
+is run in fp32 and in bf16. Where the tokens of a row differ, the two tokens at the first difference are weighed: how
+far apart their logits are in fp32, and how far rounding moves a logit from one shape of a batch to another.
 
 The model is "pocket", the shipped one with its test questions, or "25M", a random Llama of 384 x 8 whose prompts have
 the lengths of instruction data. It is no test: a slow machine is not a fault.
@@ -116,7 +116,8 @@ def main() -> None:
             ids[name] = ask()
             seconds[name].append(time.process_time() - began)
             print(f"  {name}: {seconds[name][-1]:.1f} CPU s", file=sys.stderr, flush=True)
-    notes = {name: weigh(models[name[0]], exact, prompts, ids[name[0], 0], ids[name]) for name in contestants if name[1]}
+    notes = {name: weigh(models[name[0]], exact, prompts, ids[name[0], 0], ids[name])
+             for name in contestants if name[1]}
     show(options, prompts, seconds, ids, notes)
 
 
