@@ -86,11 +86,8 @@ def missing_needs(
     exchanges: list[Exchange],  # with or without answers
 ) -> list[int]:  # numbers of the rows that lack what the metric needs, from 0
     "Find rows that a metric cannot read"
-    def lacks(exchange):
-        return any(exchange.reference is None if need == "reference" else need not in exchange.extra
-                   for need in metric.needs)
-
-    return [row for row, exchange in enumerate(exchanges) if lacks(exchange)]
+    return [row for row, each in enumerate(exchanges) if any(
+        each.reference is None if need == "reference" else need not in each.extra for need in metric.needs)]
 
 
 def needs_problem(
@@ -150,11 +147,10 @@ def token_f1(
     return 2 * n_common / (len(answered) + len(expected))
 
 
-_SQUAD = "Rajpurkar et al. 2016, section 6.1"
 EXACT_MATCH = row_metric("exact_match", "answers right to the letter",
                          lambda each: exact_match(each.text, each.reference), source="all letters, white space apart")
 TOKEN_F1 = row_metric("token_f1", "words in common with the answer wanted",
-                      lambda each: token_f1(each.text, each.reference), source=_SQUAD)
+                      lambda each: token_f1(each.text, each.reference), source="Rajpurkar et al. 2016, section 6.1")
 STOP_RATE = row_metric("stop_rate", "answers that the model ended itself", lambda each: float(each.answer.stopped),
                        needs=())
 USUAL_METRICS = (EXACT_MATCH, TOKEN_F1, STOP_RATE)  # what is measured where nobody asks for more
@@ -320,15 +316,14 @@ def rouge(
         raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r}")
 
     def count(exchanges):
-        answers, references = [each.text for each in exchanges], [each.reference for each in exchanges]
-        values = rouge_rows(answers, references, (kind,), tokenize)
+        pairs = [each.text for each in exchanges], [each.reference for each in exchanges]
+        values = rouge_rows(*pairs, (kind,), tokenize)
         return np.hstack([values, np.ones_like(values)])
 
     what = {"1": "single words", "2": "word pairs", "L": "words in the same order"}.get(kind[5:], "phrases")
     words = getattr(tokenize, "__name__", "words") if tokenize else ""
-    settings = f"{kind}|stem:no|tok:{words or 'default'}"
     return Metric(kind.lower() + f"_{words}" * bool(words), f"{what} in common, F-measure of each answer", count,
-                  source=f"rouge-score {settings}|version:{package_version('rouge-score')}")
+                  source=f"rouge-score {kind}|stem:no|tok:{words or 'default'}|version:{package_version('rouge-score')}")
 
 
 ROUGE_1, ROUGE_2, ROUGE_L = rouge("rouge1"), rouge("rouge2"), rouge("rougeL")

@@ -211,7 +211,8 @@ def _text(self) -> str:
 def _markdown(self) -> str:
     forks = [(f"{f.rate:.2e}", f.n_steps, f"{f.loss:.4f}" if math.isfinite(f.loss) else "broke") for f in self.forks]
     lines = markdown_table(["learning rate", self.method], rate_lines(self).items())
-    return lines + "\n\n" + markdown_table(["fork at rate", f"steps of {self.fork_rows}", "held-out loss"], forks)
+    return lines + "\n\n" + markdown_table(
+        ["fork at rate", f"steps of {self.fork_rows}", "held-out loss"], forks)
 
 
 FoundRate.__repr__, FoundRate._repr_markdown_ = _text, _markdown

@@ -87,7 +87,8 @@ def test_torn_in_the_middle(tmp_path):
     path = tmp_path / "answers.jsonl"
     whole = collect(path).answers
     lines = path.read_bytes().splitlines(keepends=True)
-    for damage in (b"\0" * 40 + b"\n", b'{"row": 99, "text": "", "n_tokens": 1, "stopped": true}\n', b"[]\n", b"\xff\n"):
+    strange = b'{"row": 99, "text": "", "n_tokens": 1, "stopped": true}\n'
+    for damage in (b"\0" * 40 + b"\n", strange, b"[]\n", b"\xff\n"):
         path.write_bytes(b"".join([*lines[:6], damage, *lines[6:9]]))
         found = collect(path)
         assert found.answers == whole and "torn after 5 answers" in found.notes[0]

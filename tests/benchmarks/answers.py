@@ -125,7 +125,8 @@ def show(options, prompts, seconds, ids, notes) -> None:
     "Print the table and write the JSON file."
     lengths = sorted(map(len, prompts))
     print(f"{probe_machine()}; Python {platform.python_version()}; {options.model}, {len(prompts)} prompts of "
-          f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}, up to {options.tokens} new ones; "
+          f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}, "
+          f"up to {options.tokens} new ones; "
           f"median of {options.rounds}\n")
     slow = statistics.median(seconds["fp32", 0])
     print(f"{'':16} {'batch':>6} {'CPU s':>8} {'tokens/CPU s':>13} {'ratio':>6} {'rows that differ':>17}")

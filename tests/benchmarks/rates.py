@@ -11,8 +11,8 @@ against twelve whole runs. Losses are nats a token over 150 held-out questions a
 the search sees 64 of them. All runs start from the shipped model, in fp32, and are made by the kit's own trainer.
 
 One run is one draw: near the best rate, another order of the rows moves the final loss by several per cent, and the
-best of twelve draws is a lucky one. So the three best rates of the sweep and the found rate are trained with two more seeds,
-and a second regret compares the means of three.
+best of twelve draws is a lucky one. So the three best rates of the sweep and the found rate are trained with two more
+seeds, and a second regret compares the means of three.
 
 Pieces are saved as they finish: the same command goes on where it was stopped. NARROW, the correction for narrow steps,
 was set on six of the tasks; the medians are printed with and without them.
