@@ -323,7 +323,7 @@ def rouge(
     what = {"1": "single words", "2": "word pairs", "L": "words in the same order"}.get(kind[5:], "phrases")
     words = getattr(tokenize, "__name__", "words") if tokenize else ""
     return Metric(kind.lower() + f"_{words}" * bool(words), f"{what} in common, F-measure of each answer", count,
-                  source=f"rouge-score {kind}|stem:no|tok:{words or 'default'}|version:{package_version('rouge-score')}")
+                  source=f"rouge-score {kind}|stem:no|tok:{words or 'default'}|v:{package_version('rouge-score')}")
 
 
 ROUGE_1, ROUGE_2, ROUGE_L = rouge("rouge1"), rouge("rouge2"), rouge("rougeL")

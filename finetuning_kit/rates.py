@@ -196,8 +196,8 @@ def rate_lines(
     return {
         "suggestion": f"{found.suggestion:.2g}, for {found.n_total} steps of `method` {found.method}",
         "as good": f"{found.interval[0]:.2g} to {found.interval[1]:.2g}, as far as such a search can tell",
-        "error": f"in {n} small tasks with {kind} the final loss differed from the best of twelve rates' by {usual:+.1%} "
-                 f"in the median, {worst:+.0%} at worst; by {of_fall:+.2%} of what training gains",
+        "error": f"in {n} small tasks with {kind} the final loss differed from the best of twelve rates' by "
+                 f"{usual:+.1%} in the median, {worst:+.0%} at worst; by {of_fall:+.2%} of what training gains",
         "cost": f"the rows of {found.n_spent:.0f} steps in {clock_words(found.seconds)}, {found.cost:.1%} of twelve "
                 "whole runs",
         **({"careful": "; ".join(found.notes)} if found.notes else {})}

@@ -94,7 +94,8 @@ def test_torn_in_the_middle(tmp_path):
         assert found.answers == whole and "torn after 5 answers" in found.notes[0]
 
 
-@pytest.mark.parametrize("content", [b"holiday notes\n", b'{"row": 1}\n', b"no end of line", b"[1, 2]\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("content", [b"holiday notes\n", b'{"row": 1}\n', b"no end of line", b"[1, 2]\n",
+                                     b"\xff\xfe\n"])
 def test_other_files_stay(tmp_path, content):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)

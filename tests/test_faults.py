@@ -5,7 +5,7 @@ import pytest
 
 from finetuning_kit.breakdowns import CHECKPOINTS, MERGES, RUNS
 from finetuning_kit.faults import CAUGHT, FAMILIES, Keeper, go, judge_fault, look
-from finetuning_kit.zoo import CLEAN, COMPLAINTS, PLANTED, caught_share, judge_clean, measured
+from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, COMPLAINTS, PLANTED, caught_share, judge_clean, measured
 
 MISSED = {"answers moved seven rows down", "questions and answers changed places"}  # nothing but reading finds them
 QUICK = [fault for fault in PLANTED if fault.act is look]
@@ -74,7 +74,9 @@ def test_the_published_figures_keep_the_goal():
     assert caught_share([case["outcome"] for case in found["kit"]]) >= 0.95
     assert {case["name"] for case in found["kit"] if case["outcome"] not in CAUGHT} == MISSED
     assert len(found["clean"]) >= 30 and {run["name"] for run in found["clean"]} == set(CLEAN)
-    assert sum(run["outcome"] != "passed" for run in found["clean"]) <= 0.01 * len(found["clean"])
+    assert sum(run["outcome"] != "passed" for run in found["clean"]) == 0
+    n_runs, n_stopped = found["crossed"]["n_runs"], len(found["crossed"]["stopped"])
+    assert n_runs == len(CLEAN_ROWS) * len(CLEAN_SETTINGS) and n_stopped == 0 and 1 - 0.05 ** (1 / n_runs) < 0.01
     assert set(found["others"]["cases"]) == {fault.name for fault in PLANTED}
     assert len(json.dumps(found)) < 200_000
 

@@ -138,7 +138,8 @@ def show(options, prompts, seconds, ids, notes) -> None:
         print(name, note)
     record = [{"precision": name[0], "batch": name[1] or 1, "cpu_s": runs, **notes.get(name, {})}
               for name, runs in seconds.items()]
-    Path(options.output).write_text(json.dumps({"machine": str(probe_machine()), "model": options.model, "runs": record},
+    told = {"machine": str(probe_machine()), "model": options.model, "runs": record}
+    Path(options.output).write_text(json.dumps(told,
                                                indent=2) + "\n")
 
 

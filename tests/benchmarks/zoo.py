@@ -60,15 +60,17 @@ def clean(keeper) -> list:
     return found
 
 
-def crossed(keeper) -> list:
+def crossed(keeper) -> dict:
     "Run every kind of rows with every kind of settings, each folder removed when it is judged."
-    found = []
+    n_runs, stopped = 0, []
     for name in (f"{rows} with {settings}" for rows in CLEAN_ROWS for settings in CLEAN_SETTINGS):
         verdict = judge_clean(name, keeper)
         shutil.rmtree(keeper.place / f"{keeper.n_scenes:03d}")
-        found.append({"name": name, "outcome": verdict.outcome, "sentence": short(verdict.sentence, keeper)})
+        n_runs += 1
+        if verdict.outcome != "passed":
+            stopped.append({"name": name, "sentence": short(verdict.sentence, keeper)})
         print(f"clean  {verdict.outcome:8} {verdict.seconds:5.1f} s  {name}", flush=True)
-    return found
+    return {"n_runs": n_runs, "stopped": stopped}
 
 
 # --- plain TRL -------------------------------------------------------------------------------------------------------
