@@ -5,7 +5,8 @@ import pytest
 
 from finetuning_kit.breakdowns import CHECKPOINTS, MERGES, RUNS
 from finetuning_kit.faults import CAUGHT, FAMILIES, Keeper, go, judge_fault, look
-from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, COMPLAINTS, PLANTED, caught_share, judge_clean, measured
+from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, COMPLAINTS, PLANTED
+from finetuning_kit.zoo import caught_share, judge_clean, measured
 
 MISSED = {"answers moved seven rows down", "questions and answers changed places"}  # nothing but reading finds them
 QUICK = [fault for fault in PLANTED if fault.act is look]

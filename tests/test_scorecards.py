@@ -39,8 +39,8 @@ TAGS = {"html", "head", "meta", "title", "style", "body", "div", "h1", "h2", "p"
         "td", "bdi", "img", "article", "dl", "dt", "dd", "ins", "del", "small", "i", "svg", "defs", "clippath", "g",
         "path", "rect", "text", "use"}
 ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "data-name", "alt", "src", "role",
-              "aria-label", "xmlns", "xmlns:xlink", "xlink:href", "id", "d", "x", "y", "width", "height", "viewbox", "version",
-              "style", "transform", "clip-path", "type"}
+              "aria-label", "xmlns", "xmlns:xlink", "xlink:href", "id", "d", "x", "y", "width", "height", "viewbox",
+              "version", "style", "transform", "clip-path", "type"}
 
 
 class Seen(HTMLParser):
