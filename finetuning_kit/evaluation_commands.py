@@ -196,7 +196,7 @@ def usual_for(
     records: list,  # questions, with or without the answers wanted
 ) -> tuple:  # metrics
     "Choose what is measured where nobody has said it"
-    from finetuning_kit.evaluation import USUAL_METRICS
+    from finetuning_kit.metrics import USUAL_METRICS
     from finetuning_kit.formatting import to_messages
 
     named = all(to_messages(record)[-1]["role"] == "assistant" for record in records)

@@ -21,8 +21,8 @@ __all__ = ['HISTORY', 'PASSPORT', 'save_answers', 'load_answers', 'KeptWork', 'r
 # %% ../nbs/086_side_by_side.ipynb #948002ea
 from .asking import Answer
 from .config import load_config
-from .evaluation import USUAL_METRICS, Evaluation, compare
-from .metrics import Exchange, Metric, missing_needs
+from .evaluation import Evaluation, compare
+from .metrics import USUAL_METRICS, Exchange, Metric, missing_needs
 from .profiles import config_values
 from .runs import MARKS, RunFiles, RunLog
 from .scorecards import Scorecard, ScoreLine, score_lines, to_scorecard
