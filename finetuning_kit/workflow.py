@@ -20,7 +20,7 @@ from .checkpoints import find_checkpoint, find_start, run_fingerprint, warm_weig
 from .cockpit import free_folder
 from .config import FineTuningConfig, cautions
 from .evaluation import Comparison, Evaluation, compare, evaluate
-from .likelihood import completion_accuracy
+from .gates import ask_probe
 from .ledger import reject_line
 from .machine import probe_machine, resolve_config
 from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
@@ -30,7 +30,7 @@ from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
 from .profiles import demo_config
-from .relief import halving, memory_guard
+from .relief import memory_guard
 from .records import Document
 from .runs import RunFiles, RunFolder, check_count, check_folder, check_given
 from .settings import FinetuningError, markdown_table, setting_rows
@@ -58,7 +58,7 @@ def measure(
     config: FineTuningConfig,  # resolved settings
     data: PreparedData,  # the run's rows
     max_answers: int = 500,  # held-out questions asked at most, in their order
-) -> tuple[Evaluation | None, float | None]:  # answers, None where rows ask nothing; facts kept, pocket model only
+) -> tuple[Evaluation | None, Evaluation | None]:  # answers, None where rows ask nothing; facts, pocket model only
     "Ask the held-out questions, and the pocket model also for the plain facts that it knew before"
     if shards_weights() or not is_main_process():  # no process has the whole model; the main one asks for all
         return None, None
@@ -66,8 +66,8 @@ def measure(
     facts = [row.data for row in read_rows("pocket:probe")] if config.model_name == "pocket" else []
     longest, formatter = longest_answer(data.eval_rows), formatter_of(config)
     with memory_guard(config, doing="answers to held-out questions"):
-        answers = halving(lambda n: evaluate(model, tokenizer, asked, formatter, longest, n), 32) if asked else None
-        return answers, completion_accuracy(model, tokenizer, facts) if facts else None
+        answers = evaluate(model, tokenizer, asked, formatter, longest, long_prompts="drop") if asked else None
+        return answers, ask_probe(model, tokenizer, facts) if facts else None
 
 # %% ../nbs/089_workflow.ipynb #b9ddfe7b
 def template_fingerprint(
@@ -140,7 +140,7 @@ class FineTuned:
     row_view: RowView  # the first row as the model sees it
     run: TrainedRun  # the training itself: history, model, seconds
     comparison: Comparison | None = None  # base beside tuned; None where the rows ask nothing
-    facts: tuple | None = None  # share of plain facts completed, base and tuned; None but for the pocket model
+    probes: tuple | None = None  # plain facts completed or not, base and tuned; None but for the pocket model
     merge_check: MergeCheck | None = None  # merged beside adapter; None without an adapter that can be merged
     notes: list[str] = field(default_factory=list)  # everything that differs from what was asked for
 
@@ -148,6 +148,11 @@ class FineTuned:
     def status(self) -> str:
         "How the run ended: finished, stopped or interrupted"
         return self.run.status
+
+    @property
+    def facts(self) -> tuple[float, float] | None:
+        "Say which share of the plain facts base and tuned model complete"
+        return self.probes and tuple(probe.scores["knowledge"] for probe in self.probes)
 
     def table(self) -> str:
         "Show base and tuned side by side"
@@ -174,6 +179,7 @@ LAYOUT = {
     "metrics.json": "what was measured", "config.yaml": "the settings, for --config and another --output-dir",
     "run.json": "versions, machine, data, notes", "events.jsonl": "everything that happened, a line each",
     "answers.jsonl": "all answers whole, for `finetuning-kit compare`",
+    "probe.jsonl": "plain facts that the tuned model still knows, for `compare --gate`",
     "data_report.json": "what the check of the rows found", "skipped_rows.jsonl": "rows left out for their errors"}
 
 # %% ../nbs/089_workflow.ipynb #013b4b03
@@ -278,7 +284,7 @@ def judge(
     tell({"type": "stage", "name": "tuned", "run": run})
     after = measure(run.model, run.tokenizer, config, result.data, max_answers)
     result.comparison = compare(before[0], after[0]) if after[0] is not None else None
-    result.facts = (before[1], after[1]) if after[1] is not None else None
+    result.probes = (before[1], after[1]) if after[1] is not None else None
     if can_merge(config):
         tell({"type": "stage", "name": "merge"})
         result.merge_check = merge_and_verify(run, config, result.data)
@@ -302,6 +308,8 @@ def write_account(
         save_answers(folder / "answers.jsonl", result.comparison.tuned.exchanges)
     if result.facts is not None:
         metrics["facts_completed"] = dict(zip(("base", "tuned"), result.facts))
+        for name, probe in zip(("base_probe.jsonl", "probe.jsonl"), result.probes):
+            save_answers(folder / name, probe.exchanges)
     if result.merge_check is not None:
         metrics["merge"] = result.merge_check.to_dict()
     if result.status == "finished":
