@@ -22,14 +22,13 @@ from .asking import Answer, exact_match, normalise_answer
 from .settings import FinetuningError
 
 # %% auto #0
-__all__ = ['BLEU', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH',
-           'LENGTH_RATIO', 'TOKENIZERS', 'CHRF', 'UNSPACED', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
+__all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'TOKENIZERS', 'BLEU', 'CHRF',
+           'UNSPACED', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
            'DISTINCT_2', 'DISTINCT_1_ROW', 'DISTINCT_2_ROW', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
-           'missing_needs', 'needs_problem', 'count_rows', 'count_bleu', 'figure_bleu', 'rouge_metric',
-           'optional_module', 'package_version', 'token_f1', 'count_letters', 'bleu_of_counts', 'chrf_of_counts',
-           'bleu', 'chrf', 'is_unspaced', 'unicode_words', 'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge',
-           'read_label', 'read_labels', 'macro_f1_of_counts', 'accuracy', 'macro_f1', 'ngrams', 'repeated_share',
-           'count_distinct', 'distinct_of_counts', 'distinct']
+           'missing_needs', 'needs_problem', 'count_rows', 'optional_module', 'package_version', 'token_f1',
+           'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words',
+           'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels', 'macro_f1_of_counts',
+           'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct', 'distinct_of_counts', 'distinct']
 
 # %% ../nbs/065_metrics.ipynb #1501f497
 @dataclass(frozen=True)
@@ -112,45 +111,6 @@ def count_rows(
     if problem := needs_problem(metric, exchanges):
         raise FinetuningError(problem)
     return metric.count(exchanges)
-
-# %% ../nbs/065_metrics.ipynb #ce7c6100
-def count_bleu(
-    exchanges: list[Exchange],  # with their references
-) -> np.ndarray:  # [n_rows, 10]: words given, words wanted, n-grams in common, n-grams given
-    "Let sacrebleu count in every row"
-    from sacrebleu.metrics import BLEU as Scorer
-
-    texts, references = [each.text for each in exchanges], [each.reference for each in exchanges]
-    rows = Scorer(force=True)._extract_corpus_statistics(texts, [references]) if exchanges else []
-    return np.array(rows, float).reshape(-1, 10)
-
-
-def figure_bleu(
-    counts: np.ndarray,  # [..., 10]
-) -> np.ndarray:  # [...], 0 to 100
-    "Let sacrebleu compute the corpus score"
-    from sacrebleu.metrics import BLEU as Scorer
-
-    return np.apply_along_axis(lambda row: Scorer()._compute_score_from_stats([int(n) for n in row]).score, -1, counts)
-
-
-def rouge_metric(
-    kind: str,  # "rouge1", "rouge2", "rougeL"
-) -> Metric:  # the mean of the rows' F-measures
-    "Measure ROUGE with rouge-score"
-    def count(exchanges):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer([kind])
-        return np.array([[scorer.score(each.reference, each.text)[kind].fmeasure, 1] for each in exchanges]).reshape(-1, 2)
-
-    return Metric(kind.lower(), "words in common, F-measure of each answer", count)
-
-
-BLEU = Metric("bleu", "phrases of one to four words in common, 0 to 100", count_bleu, figure_bleu, percent=False)
-ROUGE_1, ROUGE_2, ROUGE_L = rouge_metric("rouge1"), rouge_metric("rouge2"), rouge_metric("rougeL")
-ACCURACY = row_metric("accuracy", "answers with the label wanted", lambda each: exact_match(
-    each.text, each.reference, "squad"))
 
 # %% ../nbs/065_metrics.ipynb #7050f823
 def optional_module(
