@@ -358,7 +358,7 @@ def _group_labels(
     if isinstance(group, str):
         lacking = [row for row, each in enumerate(evaluation.exchanges) if group not in each.extra]
         if lacking:
-            raise FinetuningError(f"`group` is {group!r}, which row {lacking[0]} has no value for; give `evaluate` the "
+            raise FinetuningError(f"`group` is {group!r}, which row {lacking[0] + 1} has no value for; give `evaluate` the "
                                   "rows' other fields as `extras`, or pass one label a row")
         return [str(each.extra[group]) for each in evaluation.exchanges]
     if group is not None and len(group) != n_rows:
