@@ -334,6 +334,7 @@ body[data-jp-theme-light=false] .ftk-card {--ink: #e4e7ea; --soft: #a2abb5; --go
 .ftk-card h1 {font-size: 22px; margin: 0 0 4px} .ftk-card h2 {font-size: 16px; margin: 28px 0 8px}
 .ftk-card h2 small, .ftk-card dt, .ftk-card th, .ftk-note {color: var(--soft); font-weight: 400}
 .ftk-headline {font-size: 17px; margin: 0 0 16px} .ftk-gate {border-left: 4px solid; padding: 4px 12px; margin: 12px 0}
+.ftk-gate ul {color: var(--ink); font-weight: 400; margin: 4px 0; padding-left: 18px}
 .ftk-card table {border-collapse: collapse; width: 100%; margin: 8px 0}
 .ftk-card td, .ftk-card th {text-align: left; vertical-align: top; padding: 5px 12px 5px 0; font-size: 14px;
  border-bottom: 1px solid var(--line)}
@@ -387,8 +388,8 @@ def gate_html(
         return ""
     word = GATE_WORDS.get(gate["exit_code"], "cannot tell")
     look = {0: "better", 1: "worse"}.get(gate["exit_code"], "note")
-    reasons = "; ".join(map(shown_text, gate["reasons"]))
-    return f'<div class="ftk-gate ftk-{look}">Gate: {word}. {reasons}</div>'
+    reasons = "".join(f"<li>{shown_text(reason)}</li>" for reason in gate["reasons"])
+    return f'<div class="ftk-gate ftk-{look}">Gate: {word}<ul>{reasons}</ul></div>'
 
 
 def run_row(
