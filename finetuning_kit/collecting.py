@@ -339,5 +339,6 @@ def collect_answers(
         finally:
             free_memory()  # the cache of keys and values, above all
     n_empty = sum(not answer.text.strip() for answer in done.values())
-    notes += [f"{n_empty} of {len(prompts)} answers are empty: the model ended them at once"] * (n_empty > 0)
+    are, them = ("is", "it") if n_empty == 1 else ("are", "them")
+    notes += [f"{n_empty} of {len(prompts)} answers {are} empty: the model ended {them} at once"] * (n_empty > 0)
     return Collected([done[row] for row in range(len(prompts))], notes)

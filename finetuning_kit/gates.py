@@ -280,7 +280,8 @@ def gate_of(
     checks = [gate_check("task", comparison, judged_metrics(comparison, metric)[0], gain, noise, group, alpha)]
     notes = []
     if probe is None:
-        notes.append("no probe was asked, so what the model forgot is not known; `ask_probe` both models")
+        notes.append("no probe was asked, so what the model forgot is not known; `ask_probe` both models, or give the "
+                     "commands a `--probe`")
     else:
         asked = judged_metrics(probe, None)
         checks += [gate_check("probe", probe, each, -budget, noise, alpha=alpha) for each in asked]

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 'score_words', 'line_verdict', 'ScoreLine', 'AnswerRow',
-           'plain_number', 'score_lines', 'Scorecard', 'answer_rows', 'to_scorecard', 'row_gain', 'notable_rows',
-           'scorecard_dict', 'load_scorecard', 'table_of', 'scorecard_text', 'scorecard_markdown', 'card_pictures',
-           'table_html', 'row_html', 'gate_html', 'run_row', 'card_html', 'scorecard_page', 'picture_tag',
-           'save_scorecard']
+__all__ = ['GATE_WORDS', 'SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 'score_words', 'ScoreLine', 'AnswerRow',
+           'plain_number', 'figure_interval', 'score_lines', 'Scorecard', 'answer_rows', 'to_scorecard', 'row_gain',
+           'notable_rows', 'scorecard_dict', 'load_scorecard', 'table_of', 'scorecard_text', 'scorecard_markdown',
+           'card_pictures', 'table_html', 'row_html', 'gate_html', 'run_row', 'card_html', 'scorecard_page',
+           'picture_tag', 'save_scorecard']
 
 # %% ../nbs/085_scorecards.ipynb #5d14c13c
 from .census import png
@@ -34,34 +34,20 @@ from .standing import BLUE, GREY, ORANGE
 from .verdicts import verdict_words, verdicts_of
 
 # %% ../nbs/085_scorecards.ipynb #a2ad684c
+GATE_WORDS = {0: "passed", 1: "failed"}  # exit code -> in a word; any other: cannot tell
+
+
 def score_words(
     value: float | None,  # a score or a difference; None: there is none
     percent: bool,  # whether it is a share
     sign: bool = False,  # True: a difference, with its sign, shares in points
-) -> str:  # such as "61.3%", "+4.2" or "-"
+) -> str:  # such as "61.3%", "+4.2" or "–"
     "Write a score"
     if value is None:
         return "–"
     if not percent:
         return f"{value:{'+' if sign else ''}.3g}"
     return f"{100 * value:+.1f}" if sign else f"{value:.1%}"
-
-
-def line_verdict(
-    change: ScoreChange,  # a metric before and after, with its interval
-    metric: Metric,  # which way is progress
-    n_rows: int,  # questions asked
-) -> tuple[str, str]:  # "better", "worse", "higher", "lower" or "no real difference"; a sentence
-    "Say in words what a difference and its interval mean"
-    low, high = (score_words(end, metric.percent, sign=True) for end in (change.low, change.high))
-    unit = " points" if metric.percent else ""
-    if not change.low > 0 and not change.high < 0:
-        return "no real difference", f"no real difference with {n_rows} questions: {low} to {high}{unit}"
-    up = change.low > 0
-    words = ("higher", "lower") if metric.better == "neither" else ("better", "worse")
-    verdict = words[(not up) if metric.better != "lower" else up]
-    size = score_words(change.difference, metric.percent, sign=True)
-    return verdict, f"{verdict} by {size.lstrip('+-')}{unit}, between {low} and {high}"
 
 # %% ../nbs/085_scorecards.ipynb #bd88d2e9
 @dataclass(frozen=True)
@@ -107,6 +93,21 @@ def plain_number(
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def figure_interval(
+    metric: Metric,  # what was measured
+    counts: np.ndarray,  # [n_rows, n_counts] of one model
+) -> tuple[float | None, float | None]:  # lower and upper end, 95 %; None: nothing can be said
+    "Bound a model's figure by drawing its rows again; where all are right, or none, by Wilson's formula"
+    drawn = np.asarray(metric.figure(draw_sums([counts])[0]), dtype=float)
+    if not np.isfinite(drawn).any():
+        return None, None
+    low, high = map(float, np.nanquantile(drawn, [0.025, 0.975]))
+    beyond = 1.96 ** 2 / ((counts != 0).any(1).sum() + 1.96 ** 2)
+    if metric.percent and low == high and low in (0.0, 1.0):
+        return (0.0, float(beyond)) if low == 0 else (float(1 - beyond), 1.0)
+    return plain_number(low), plain_number(high)
+
+
 def score_lines(
     found: Comparison | Evaluation,  # two models, or one
 ) -> list[ScoreLine]:  # in the order of the metrics
@@ -117,16 +118,14 @@ def score_lines(
             if metric.name in found.changes:
                 one = judged[metric.name]
                 ends = [plain_number(end) for end in (one.before, one.after, one.low, one.high)]
-                verdict = {"cannot tell": "no real difference"}.get(one.verdict, one.verdict)
                 lines.append(ScoreLine(metric.name, metric.help, tuple(ends[:2]), *ends[2:], metric.percent,
-                                       metric.better, verdict, verdict_words(one).partition(": ")[2]))
+                                       metric.better, one.verdict, verdict_words(one).partition(": ")[2]))
         return lines
     lines = []
     for metric in found.metrics:
-        figures = np.asarray(metric.figure(draw_sums([found.counts[metric.name]])[0]), dtype=float)
-        ends = np.nanquantile(figures, [0.025, 0.975]) if np.isfinite(figures).any() else (None, None)
         lines.append(ScoreLine(metric.name, metric.help, (plain_number(found.scores[metric.name]),),
-                               *map(plain_number, ends), metric.percent, metric.better, "", ""))
+                               *figure_interval(metric, found.counts[metric.name]), metric.percent, metric.better,
+                               "", ""))
     return lines
 
 # %% ../nbs/085_scorecards.ipynb #91edab6d
@@ -268,7 +267,8 @@ def scorecard_text(
     heads, rows = table_of(card)
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]]
-    gate = [f"gate: {visible('; '.join(card.gate['reasons']))}"] if card.gate else []
+    gate = [f"gate: {GATE_WORDS.get(card.gate['exit_code'], 'cannot tell')}",
+            *(f"- {visible(reason)}" for reason in card.gate["reasons"])] if card.gate else []
     return "\n".join([card.headline, *gate, *table * bool(rows), *(f"note: {visible(note)}" for note in card.notes)])
 
 
@@ -334,6 +334,7 @@ body[data-jp-theme-light=false] .ftk-card {--ink: #e4e7ea; --soft: #a2abb5; --go
 .ftk-card h1 {font-size: 22px; margin: 0 0 4px} .ftk-card h2 {font-size: 16px; margin: 28px 0 8px}
 .ftk-card h2 small, .ftk-card dt, .ftk-card th, .ftk-note {color: var(--soft); font-weight: 400}
 .ftk-headline {font-size: 17px; margin: 0 0 16px} .ftk-gate {border-left: 4px solid; padding: 4px 12px; margin: 12px 0}
+.ftk-gate ul {color: var(--ink); font-weight: 400; margin: 4px 0; padding-left: 18px}
 .ftk-card table {border-collapse: collapse; width: 100%; margin: 8px 0}
 .ftk-card td, .ftk-card th {text-align: left; vertical-align: top; padding: 5px 12px 5px 0; font-size: 14px;
  border-bottom: 1px solid var(--line)}
@@ -385,9 +386,10 @@ def gate_html(
     "Show the one verdict"
     if not gate:
         return ""
-    word, look = {0: ("pass", "better"), 1: ("fail", "worse")}.get(gate["exit_code"], ("cannot tell", "note"))
-    reasons = "; ".join(map(shown_text, gate["reasons"]))
-    return f'<div class="ftk-gate ftk-{look}">Gate: {word}. {reasons}</div>'
+    word = GATE_WORDS.get(gate["exit_code"], "cannot tell")
+    look = {0: "better", 1: "worse"}.get(gate["exit_code"], "note")
+    reasons = "".join(f"<li>{shown_text(reason)}</li>" for reason in gate["reasons"])
+    return f'<div class="ftk-gate ftk-{look}">Gate: {word}<ul>{reasons}</ul></div>'
 
 
 def run_row(
@@ -417,8 +419,9 @@ def card_html(
     notable = notable_rows(card, n)
     legend = ('In the answers, <ins>underlined</ins> is what the answer wanted does not have, and <del>struck '
               "through</del> what it has and the answer lacks. ") * any(row.reference is not None for row in card.rows)
-    order = [shown_text(line.metric) for line in card.lines if line.better != "neither"]
-    parts += [f'<p class="ftk-note">{legend}Rows are ordered by {", then ".join(order[:3])}.</p>'] * bool(notable)
+    order = [shown_text(line.metric.replace("_", " ")) for line in card.lines if line.better != "neither"]
+    decides = f"Which row did how well is decided by {', where that is equal by '.join(order[:3])}."
+    parts += [f'<p class="ftk-note">{legend}{decides}</p>'] * bool(notable)
     for kind, (n_rows, rows) in notable.items():
         told = f"{n_rows} of {len(card.rows)} questions, {len(rows)} shown"
         parts += [f"<h2>{kind.capitalize()} <small>{told}</small></h2>", *(row_html(card, row) for row in rows)]

@@ -358,8 +358,8 @@ def _group_labels(
     if isinstance(group, str):
         lacking = [row for row, each in enumerate(evaluation.exchanges) if group not in each.extra]
         if lacking:
-            raise FinetuningError(f"`group` is {group!r}, which row {lacking[0]} has no value for; give `evaluate` the "
-                                  "rows' other fields as `extras`, or pass one label a row")
+            raise FinetuningError(f"`group` is {group!r}, which row {lacking[0] + 1} has no value for; give `evaluate` "
+                              "the rows' other fields as `extras`, or pass one label a row")
         return [str(each.extra[group]) for each in evaluation.exchanges]
     if group is not None and len(group) != n_rows:
         raise FinetuningError(f"`group` must have one label a row, got {len(group)} labels for {n_rows} rows")

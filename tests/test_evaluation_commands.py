@@ -59,11 +59,11 @@ def test_base_and_probe(typed, rows):
     words = ("--probe", "probe.jsonl", "--limit", "4", "--output", "both", "--html", "page.html")
     Path("probe.jsonl").write_text(json.dumps({"prompt": "The capital of Italy is", "completion": "Rome."}) + "\n")
     code, out, err = typed("evaluate", "--model", "pocket", "--base", "pocket", *ASK, *words)
-    assert (code, err) == (0, "") and "knowledge" in out and "no real difference" in out
+    assert (code, err) == (0, "") and "knowledge" in out and "cannot tell" in out
     assert {"base_answers.jsonl", "probe.jsonl", "base_probe.jsonl"} <= {path.name for path in Path("both").iterdir()}
     assert Path("page.html").read_text().startswith("<!doctype")
     code, out, _ = typed("compare", "both", "--gate")
-    assert code == 3 and "no real difference" in out
+    assert code == 3 and "cannot tell" in out
     code, out, _ = typed("compare", "pocket", "pocket", *ASK, "--limit", "2")
     assert code == 0 and "pocket (2)" in out
 

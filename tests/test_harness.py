@@ -50,7 +50,9 @@ def test_an_adapter_is_judged_where_it_is(pocket, choices, tmp_path):
             torch.nn.init.normal_(weight, std=0.3)
     moved = run_harness(adapted, tokenizer, ["choices"], tmp_path)
     change = compare(base.evaluations["choices"], moved.evaluations["choices"]).changes["acc"]
-    assert change.after != change.before and change.low <= change.difference <= change.high
+    assert change.low <= change.difference <= change.high
+    assert [each.extra for each in moved.evaluations["choices"].exchanges] != [
+        each.extra for each in base.evaluations["choices"].exchanges]
 
 
 def test_a_limit_and_examples(pocket, choices, tmp_path):

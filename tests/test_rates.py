@@ -157,4 +157,4 @@ def test_the_command_writes_a_picture_and_numbers_and_names_the_flag(tmp_path, c
                  "--batch-size", "4", "--max-seq-length", "64", "--output", str(tmp_path / "rates")]) == 0
     told, found = capsys.readouterr().out, json.loads((tmp_path / "rates.json").read_text())
     assert f"--learning-rate {found['suggestion']:.2g}" in told and "of twelve whole runs" in told
-    assert (tmp_path / "rates.png").read_bytes()[1:4] == b"PNG" and told.count("held-out loss") >= 4
+    assert (tmp_path / "rates.png").read_bytes()[1:4] == b"PNG" and told.count("held-out loss") >= 3

@@ -123,9 +123,9 @@ def test_long_answers_are_cut_and_the_cut_is_told():
 # --- what it says ---------------------------------------------------------------------------------------------------
 def test_verdicts_follow_the_intervals():
     words = {line.metric: line.verdict for line in card_of(*[("no", "4")] * 60, *[("4", "4")] * 40).lines}
-    assert words == {"exact_match": "better", "token_f1": "better", "stop_rate": "no real difference"}
+    assert words == {"exact_match": "better", "token_f1": "better", "stop_rate": "cannot tell"}
     assert card_of(*[("4", "no")] * 60).lines[0].verdict == "worse"
-    assert card_of(("4", "no"), ("no", "4"), *[("4", "4")] * 30).lines[0].verdict == "no real difference"
+    assert card_of(("4", "no"), ("no", "4"), *[("4", "4")] * 30).lines[0].verdict == "cannot tell"
 
 
 def test_lost_rows_are_shown_beside_those_gained():
