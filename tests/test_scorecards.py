@@ -8,7 +8,8 @@ import pytest
 
 from finetuning_kit.asking import Answer
 from finetuning_kit.contrasts import cut_words, diff_html, label_text, shown_text, word_diff
-from finetuning_kit.evaluation import EXACT_MATCH, TOKEN_F1, Evaluation, compare
+from finetuning_kit.evaluation import Evaluation, compare
+from finetuning_kit.metrics import EXACT_MATCH, TOKEN_F1
 from finetuning_kit.metrics import Exchange, row_metric
 from finetuning_kit.scorecards import (
     card_html, load_scorecard, notable_rows, save_scorecard, scorecard_page, to_scorecard)
