@@ -104,8 +104,9 @@ def check_prompts(
 ) -> None:  # raises for what cannot be answered
     "Refuse what cannot be answered, before the model is touched"
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise FinetuningError(f"`{name}` must be at least 1, got {value}; 64 tokens and 32 prompts are good starts")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FinetuningError(f"`{name}` must be at least 1, a whole number, got {value!r:.60}; 64 tokens and "
+                                  "32 prompts are good starts")
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             raise FinetuningError(f"`prompts[{row}]` is text; pass token ids: encode_prompt(tokenizer, record)")

@@ -83,7 +83,7 @@ def evaluate(
     on_note: Callable[[str], None] | None = None,  # called with each finding before the first question is asked
 ) -> Evaluation:  # every answer, and what was counted in it
     "Ask a model every question in the form it was trained on, and score its answers"
-    if not records:
+    if records is None or hasattr(records, "__len__") and not len(records):
         raise FinetuningError("there is nothing to evaluate: `records` is empty; load some with `load_records`")
     asked = prepare_questions(model, tokenizer, records, formatter, max_new_tokens, metrics, extras, long_prompts)
     for note in asked.notes if on_note else []:
@@ -198,6 +198,12 @@ def compare(
     seed: int = 0,  # of the drawing
 ) -> Comparison:  # a table of before, after, difference and interval
     "Put two evaluations of the same questions side by side"
+    for name, each in {"base": base, "tuned": tuned}.items():
+        if not isinstance(each, Evaluation) or not each.exchanges:
+            raise FinetuningError(f"`{name}` must be an evaluation of one row or more, got {str(each):.60}; "
+                                  "`evaluate` makes one")
+    if not isinstance(n_resamples, int) or n_resamples < 1:
+        raise FinetuningError(f"`n_resamples` must be at least 1, a whole number, got {n_resamples!r:.60}; 2000 is usual")
     if (base.prompts, base.references) != (tuned.prompts, tuned.references):
         raise FinetuningError("`base` and `tuned` were asked different questions; evaluate both on the same records")
     shared = [metric for metric in base.metrics if metric.name in tuned.counts]

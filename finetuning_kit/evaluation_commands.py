@@ -184,7 +184,8 @@ def read_sentences(
     from finetuning_kit.settings import FinetuningError
 
     rows = [row.data for row in read_rows(source)] if source else []
-    bad = [n for n, row in enumerate(rows) if not (row.get("prompt") and row.get("completion"))]
+    bad = [n for n, row in enumerate(rows) if not all(
+        isinstance(row.get(name), str) and row[name].strip() for name in ("prompt", "completion"))]
     if bad:
         raise FinetuningError(f"--probe {source}: row {bad[0] + 1} has the fields {', '.join(rows[bad[0]])}; a probe "
                               "has text in `prompt` and `completion`, as pocket:probe has")
@@ -280,6 +281,26 @@ def joined_verdict(
         return {"exit_code": 3, "reasons": ["cannot tell: " + "; ".join(card.notes)]}
     return gate_of(card.comparison, probe, budget).to_dict()
 
+# %% ../nbs/102_evaluation_commands.ipynb #139d9d94
+def _check_beforehand(options):  # what would otherwise be found out after hours of asking
+    import os
+
+    from finetuning_kit.settings import FinetuningError
+
+    if options["html"]:
+        page = Path(options["html"])
+        home = next(place for place in page.absolute().parents if place.exists())
+        if not page.name or page.is_dir() or not home.is_dir() or not os.access(home, os.W_OK) or home == Path("/proc"):
+            raise FinetuningError(f"--html: `{page}` cannot be written; name a file in a folder of yours")
+    if str(options["device"]).startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise FinetuningError(f"--device {options['device']}: this machine has no GPU that torch can use; "
+                                  "leave --device out, or name cpu")
+    if options["questions"]:
+        read_sentences(options["probe"])
+
 # %% ../nbs/102_evaluation_commands.ipynb #c6f77f3d
 def present_card(
     card,  # a `Scorecard`
@@ -319,6 +340,7 @@ def run_evaluate(
     names = [name for name in (options["base"], options["model"]) if name]
     for name in names:
         find_model(name)
+    _check_beforehand(options)
     folder, say = open_evaluation(options), (lambda *_: None) if options["json"] else Screen().line
     say("asks", f"{len(questions[0])} questions of {' and '.join(names)}")
     found, parts = [], ("base_", "")[-len(names):]
@@ -388,6 +410,7 @@ def run_compare(
     metrics, which = choose_metrics(options["metrics"], options["task"]), options["which"]
     if len(which) > 2:
         raise FinetuningError(f"two folders are compared, got {len(which)}: {', '.join(which)}")
+    _check_beforehand(options)
     if options["questions"]:
         card, probe = compare_models(options, metrics)
     else:

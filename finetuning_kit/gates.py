@@ -35,7 +35,8 @@ def read_probe(
 ) -> list[dict]:  # its rows
     "Read sentences that a model should still complete after training"
     rows = [row.data for row in read_rows(source)]
-    odd = [at for at, row in enumerate(rows) if not (row.get("prompt") and row.get("completion"))]
+    odd = [at for at, row in enumerate(rows) if not all(
+        isinstance(row.get(name), str) and row[name].strip() for name in ("prompt", "completion"))]
     if odd or not rows:
         kind = f"row {odd[0] + 1} has the fields {', '.join(rows[odd[0]])}" if odd else "it has no rows"
         raise FinetuningError(f"a probe needs text in `prompt` and `completion`, as in 'The capital of Italy is' and "
@@ -274,9 +275,12 @@ def gate_of(
     alpha: float = 0.05,  # level of each question; all must pass, so none needs correcting
 ) -> Gate:  # passed, failed or undecided, with reasons and exit code
     "Join task and probe into one verdict"
-    if not (0 < budget < 1 and gain >= 0):
+    for name, each in {"comparison": comparison, "probe": probe}.items():
+        if not isinstance(each, Comparison) and (name, each) != ("probe", None):
+            raise FinetuningError(f"`{name}` must be what `compare` gives, got {str(each):.60}")
+    if not all(isinstance(each, (int, float)) for each in (budget, gain)) or not (0 < budget < 1 and gain >= 0):
         raise FinetuningError(f"`budget` must lie between 0 and 1, as 0.02 for two points, and `gain` be 0 or more; "
-                              f"got {budget:g} and {gain:g}; that nothing at all is lost can't be shown with any rows")
+                              f"got {budget} and {gain}; that nothing at all is lost can't be shown with any rows")
     checks = [gate_check("task", comparison, judged_metrics(comparison, metric)[0], gain, noise, group, alpha)]
     notes = []
     if probe is None:

@@ -107,7 +107,17 @@ def count_rows(
     "Count in every row, and refuse rows that lack what the metric needs"
     if problem := needs_problem(metric, exchanges):
         raise FinetuningError(problem)
-    return metric.count(exchanges)
+    try:
+        counts = np.asarray(metric.count(exchanges), dtype=float)
+    except FinetuningError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend it; "
+                              "answers that `keep_in` keeps are not asked for again") from error
+    if counts.ndim != 2 or len(counts) != len(exchanges):
+        raise FinetuningError(f"the metric `{metric.name}` must count [n_rows, n_counts] numbers, got the shape "
+                              f"{counts.shape} for {len(exchanges)} rows; `row_metric` makes one from a row's score")
+    return counts
 
 # %% ../nbs/065_metrics.ipynb #7050f823
 def optional_module(

@@ -17,13 +17,13 @@ __all__ = ['SUITED', 'LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSe
            'check_ids', 'try_metric', 'prepare_questions']
 
 # %% ../nbs/076_questions.ipynb #423c69b3
-from .asking import Answer
+from .asking import Answer, check_prompts
 from .formatting import DatasetFormatter, to_messages
 from .lengths import cut_prompt
 from .loading import iter_records
 from .methods import virtual_positions
 from .metrics import Exchange, Metric, missing_needs
-from .models import quiet_libraries
+from .models import check_things, quiet_libraries
 from .records import Message, Place, Row, TrainingSample
 from .settings import FinetuningError
 from .tokens import encode_batch, encode_prompt, uses_template
@@ -291,6 +291,25 @@ def check_ids(
         raise FinetuningError(f"the prompts use tokens up to {max(map(max, asked.prompts))}, the model knows 0 to "
                               f"{n_ids - 1}: {asked.which(strange)}; load tokenizer and model from the same folder")
 
+# %% ../nbs/076_questions.ipynb #8755ef1a
+def _check_lists(items, metrics, extras, formatter):
+    for name, value in {"records": items, "metrics": metrics, "extras": [] if extras is None else extras}.items():
+        if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__len__"):
+            raise FinetuningError(f"`{name}` must be a list, got {value!r:.60}; write [...] around it")
+    for metric in metrics:
+        if not isinstance(metric, Metric):
+            raise FinetuningError(f"`metrics` must hold metrics, such as EXACT_MATCH, got {metric!r:.60}; "
+                                  "`find_metric` looks a name up")
+    if twice := sorted(name for name, n in Counter(each.name for each in metrics).items() if n > 1):
+        raise FinetuningError(f"`metrics` holds `{twice[0]}` more than once; give one of them another `name`, "
+                              "or leave it out")
+    if odd := [row for row, each in enumerate(extras or []) if not isinstance(each, dict)]:
+        raise FinetuningError(f"`extras` must hold one dict a question, and row {odd[0] + 1} is "
+                              f"{extras[odd[0]]!r:.60}; write {{}} where there is nothing to add")
+    if formatter is not None and not isinstance(formatter, DatasetFormatter):
+        raise FinetuningError(f"`formatter` must be a formatter or None, got {formatter!r:.60}; make one, such as "
+                              "formatter_for(\"alpaca\")")
+
 # %% ../nbs/076_questions.ipynb #37c4c968
 def try_metric(
     metric: Metric,  # what shall be measured
@@ -317,6 +336,9 @@ def prepare_questions(
     "Find what is wrong with a question set before the model is asked"
     if long_prompts not in LONG_PROMPTS:
         raise FinetuningError(f"`long_prompts` must be one of {', '.join(LONG_PROMPTS)}, got {long_prompts!r}")
+    check_things({"model": model, "tokenizer": tokenizer})
+    _check_lists(items, metrics, extras, formatter)
+    check_prompts([], max_new_tokens, 1)
     asked = open_questions(items, extras)
     check_needs(asked, metrics)
     encode_questions(asked, tokenizer, formatter)

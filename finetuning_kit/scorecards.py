@@ -231,12 +231,21 @@ def load_scorecard(
     "Read a report back"
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FinetuningError(f"`{path}` cannot be read as a report: {error}") from None
     if not isinstance(data, dict) or {name: data.get(name) for name in SCHEMA} != SCHEMA:
         raise FinetuningError(f"`{path}` is no report of version {SCHEMA['version']}: it lacks "
                               f"`\"schema\": \"{SCHEMA['schema']}\"`; evaluate or compare writes such files")
-    data = {name: data[name] for name in Scorecard.__dataclass_fields__ if name in data}
+    try:
+        card = _card_of({name: data[name] for name in Scorecard.__dataclass_fields__ if name in data})
+        scorecard_page(card)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FinetuningError(f"`{path}` is damaged ({type(error).__name__}: {error}); evaluate or compare again, and "
+                              "they write it anew") from None
+    return card
+
+
+def _card_of(data):
     lines = [ScoreLine(**{**line, "figures": tuple(line["figures"])}) for line in data.pop("lines")]
     rows = [AnswerRow(row["prompt"], row["reference"], tuple(row["answers"]),
                       {name: tuple(values) for name, values in row["scores"].items()}) for row in data.pop("rows")]
@@ -467,8 +476,12 @@ def save_scorecard(
              ".json": lambda card: json.dumps(scorecard_dict(card), indent=1) + "\n"}
     if path.suffix not in forms:
         raise FinetuningError(f"a report is kept as {', '.join(forms)}, got the name {path.name!r}; choose an ending")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return RunFiles(path.parent).save_text(path.name, forms[path.suffix](card))
+    text = forms[path.suffix](card)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return RunFiles(path.parent).save_text(path.name, text)
+    except OSError as error:
+        raise FinetuningError(f"`{path}` cannot be written ({error.strerror}); name a file in a folder of yours") from None
 
 
 Scorecard._repr_html_ = lambda card: LOOK_OF_CARD + card_html(card, picture_tag, 2)

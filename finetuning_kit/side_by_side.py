@@ -48,17 +48,28 @@ def load_answers(
 ) -> list[Exchange]:  # in their order
     "Read answers back"
     found = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text)
+                _check_kept(line, text)
                 answer = Answer(line["text"], line["n_tokens"], line["stopped"])
                 turns = line.get("messages") or [{"role": "user", "content": line["prompt"]}]
                 found.append(Exchange(line["prompt"], line["reference"], answer, tuple(turns), line.get("extra", {})))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise FinetuningError(f"{path}:{number}: this is no kept answer ({type(error).__name__}: {error}); "
                                       "evaluate again, or take out the line") from None
     return found
+
+
+def _check_kept(line, text):
+    if not text.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in text):
+        raise ValueError("bytes that are no UTF-8")
+    kinds = {"prompt": str, "reference": (str, type(None)), "text": str, "n_tokens": int, "stopped": bool}
+    if odd := [name for name, kind in kinds.items() if not isinstance(line[name], kind)]:
+        raise TypeError(f"`{odd[0]}` is {line[odd[0]]!r:.40}")
+    if not isinstance(line.get("extra", {}), dict):
+        raise TypeError("`extra` is no object")
 
 # %% ../nbs/086_side_by_side.ipynb #6d2ba08d
 HISTORY = ("step", "loss", "eval_loss", "learning_rate")  # what is kept of a run's log

@@ -336,6 +336,8 @@ def judge_change(
     seed: int = 0,  # of the drawing
 ) -> MetricVerdict:  # of this metric by itself
     "Judge how one metric changed"
+    if not isinstance(alpha, (int, float)) or not 1e-12 <= alpha < 1:
+        raise FinetuningError(f"`alpha` must lie between 0 and 1, as 0.05 for 19 times in 20, got {alpha!r:.60}")
     pair = base.counts[metric.name], tuned.counts[metric.name]
     before, after, notes = shared_counts(metric, pair, _group_labels(base, group))
     figures = [float(metric.figure(counts.sum(0))) if len(counts) else math.nan for counts in (before, after)]
@@ -411,6 +413,10 @@ def verdicts_of(
     correction: Literal["holm", "none"] = "holm",  # for asking several at once
 ) -> VerdictTable:  # prints as sentences, shows as a table
     "Judge every metric of a comparison, together"
+    if not isinstance(comparison, Comparison):
+        raise FinetuningError(f"`comparison` must be what `compare` gives, got {str(comparison):.60}")
+    if isinstance(metrics, str) or not all(isinstance(name, str) for name in metrics or []):
+        raise FinetuningError(f"`metrics` must be a list of names, such as [\"exact_match\"], got {str(metrics):.60}")
     asked = [metric for metric in comparison.base.metrics if metric.name in (metrics or comparison.changes)]
     unknown = sorted({*(metrics or [])} - {*comparison.changes})
     if unknown or correction not in CORRECTIONS:
