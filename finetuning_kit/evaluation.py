@@ -203,7 +203,7 @@ def compare(
             raise FinetuningError(f"`{name}` must be an evaluation of one row or more, got {str(each):.60}; "
                                   "`evaluate` makes one")
     if not isinstance(n_resamples, int) or n_resamples < 1:
-        raise FinetuningError(f"`n_resamples` must be at least 1, a whole number, got {n_resamples!r:.60}; 2000 is usual")
+        raise FinetuningError(f"`n_resamples` must be a whole number, 1 or more, got {n_resamples!r:.60}; take 2000")
     if (base.prompts, base.references) != (tuned.prompts, tuned.references):
         raise FinetuningError("`base` and `tuned` were asked different questions; evaluate both on the same records")
     shared = [metric for metric in base.metrics if metric.name in tuned.counts]

@@ -290,7 +290,7 @@ def _check_beforehand(options):  # what would otherwise be found out after hours
     if options["html"]:
         page = Path(options["html"])
         home = next(place for place in page.absolute().parents if place.exists())
-        if not page.name or page.is_dir() or not home.is_dir() or not os.access(home, os.W_OK) or home == Path("/proc"):
+        if not page.name or page.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
             raise FinetuningError(f"--html: `{page}` cannot be written; name a file in a folder of yours")
     if str(options["device"]).startswith("cuda"):
         import torch

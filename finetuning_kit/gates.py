@@ -262,7 +262,7 @@ def noise_words(
     told = [f"19 runs in 20 lie near their mean: {', '.join(known)} ({noise.source})"] * bool(known)
     return told + [f"the noise between runs was not measured for {', '.join(lacking)}"] * bool(lacking)
 
-
+# %% ../nbs/080_gates.ipynb #524f9967
 def gate_of(
     comparison: Comparison,  # base against tuned on the task
     probe: Comparison | None = None,  # the same on what must not be lost; None: not asked, which the gate says

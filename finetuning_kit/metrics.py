@@ -99,7 +99,7 @@ def needs_problem(
     return (f"`{metric.name}` needs {needs} in every row, and {len(missing)} of {len(exchanges)} rows lack it, the "
             f"first is row {missing[0] + 1}; add it, or leave the metric out") if missing else ""
 
-
+# %% ../nbs/065_metrics.ipynb #443fe6fe
 def count_rows(
     metric: Metric,  # what is measured
     exchanges: list[Exchange],  # with their answers
@@ -112,8 +112,8 @@ def count_rows(
     except FinetuningError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend it; "
-                              "answers that `keep_in` keeps are not asked for again") from error
+        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend "
+                              "it; answers that `keep_in` keeps are not asked for again") from error
     if counts.ndim != 2 or len(counts) != len(exchanges):
         raise FinetuningError(f"the metric `{metric.name}` must count [n_rows, n_counts] numbers, got the shape "
                               f"{counts.shape} for {len(exchanges)} rows; `row_metric` makes one from a row's score")

@@ -476,12 +476,11 @@ def save_scorecard(
              ".json": lambda card: json.dumps(scorecard_dict(card), indent=1) + "\n"}
     if path.suffix not in forms:
         raise FinetuningError(f"a report is kept as {', '.join(forms)}, got the name {path.name!r}; choose an ending")
-    text = forms[path.suffix](card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return RunFiles(path.parent).save_text(path.name, text)
+        return RunFiles(path.parent).save_text(path.name, forms[path.suffix](card))
     except OSError as error:
-        raise FinetuningError(f"`{path}` cannot be written ({error.strerror}); name a file in a folder of yours") from None
+        raise FinetuningError(f"{path} cannot be written ({error.strerror}); name a place of yours") from None
 
 
 Scorecard._repr_html_ = lambda card: LOOK_OF_CARD + card_html(card, picture_tag, 2)

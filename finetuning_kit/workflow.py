@@ -140,7 +140,8 @@ class FineTuned:
     row_view: RowView  # the first row as the model sees it
     run: TrainedRun  # the training itself: history, model, seconds
     comparison: Comparison | None = None  # base beside tuned; None where the rows ask nothing
-    probes: tuple | None = None  # plain facts completed or not, base and tuned; None but for the pocket model
+    facts: tuple | None = None  # share of plain facts completed, base and tuned; None but for the pocket model
+    probes: tuple | None = None  # the same fact by fact
     merge_check: MergeCheck | None = None  # merged beside adapter; None without an adapter that can be merged
     notes: list[str] = field(default_factory=list)  # everything that differs from what was asked for
 
@@ -148,11 +149,6 @@ class FineTuned:
     def status(self) -> str:
         "How the run ended: finished, stopped or interrupted"
         return self.run.status
-
-    @property
-    def facts(self) -> tuple[float, float] | None:
-        "Say which share of the plain facts base and tuned model complete"
-        return self.probes and tuple(probe.scores["knowledge"] for probe in self.probes)
 
     def table(self) -> str:
         "Show base and tuned side by side"
@@ -284,7 +280,9 @@ def judge(
     tell({"type": "stage", "name": "tuned", "run": run})
     after = measure(run.model, run.tokenizer, config, result.data, max_answers)
     result.comparison = compare(before[0], after[0]) if after[0] is not None else None
-    result.probes = (before[1], after[1]) if after[1] is not None else None
+    if after[1] is not None:
+        result.probes = before[1], after[1]
+        result.facts = tuple(probe.scores["knowledge"] for probe in result.probes)
     if can_merge(config):
         tell({"type": "stage", "name": "merge"})
         result.merge_check = merge_and_verify(run, config, result.data)

@@ -37,7 +37,7 @@ def card_of(*pairs, **options):
 # --- what a page may hold -------------------------------------------------------------------------------------------
 TAGS = {"html", "head", "meta", "title", "style", "body", "div", "h1", "h2", "p", "table", "thead", "tbody", "tr", "th",
         "td", "bdi", "img", "article", "dl", "dt", "dd", "ins", "del", "small", "i", "svg", "defs", "clippath", "g",
-        "path", "rect", "text", "use"}
+        "path", "rect", "text", "use", "ul", "li"}
 ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "data-name", "alt", "src", "role",
               "aria-label", "xmlns", "xmlns:xlink", "xlink:href", "id", "d", "x", "y", "width", "height", "viewbox",
               "version", "style", "transform", "clip-path", "type"}
