@@ -17,9 +17,9 @@ import numpy as np
 # %% auto #0
 __all__ = ['GATE_WORDS', 'SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 'score_words', 'ScoreLine', 'AnswerRow',
            'plain_number', 'figure_interval', 'score_lines', 'Scorecard', 'answer_rows', 'to_scorecard', 'row_gain',
-           'notable_rows', 'scorecard_dict', 'load_scorecard', 'table_of', 'scorecard_text', 'scorecard_markdown',
-           'card_pictures', 'table_html', 'row_html', 'gate_html', 'run_row', 'card_html', 'scorecard_page',
-           'picture_tag', 'save_scorecard']
+           'notable_rows', 'scorecard_dict', 'table_of', 'scorecard_text', 'scorecard_markdown', 'card_pictures',
+           'table_html', 'row_html', 'gate_html', 'run_row', 'card_html', 'scorecard_page', 'picture_tag',
+           'save_scorecard', 'load_scorecard']
 
 # %% ../nbs/085_scorecards.ipynb #5d14c13c
 from .census import png
@@ -223,26 +223,6 @@ def scorecard_dict(
     fields = {name: getattr(card, name) for name in Scorecard.__dataclass_fields__ if name != "comparison"}
     parts = {name: [asdict(each) for each in fields[name]] for name in ("lines", "rows")}
     return {**SCHEMA, **fields, **parts, "names": list(card.names), "headline": card.headline}
-
-
-def load_scorecard(
-    path: str | Path,  # a JSON file
-) -> Scorecard:  # equal to the one that was kept
-    "Read a report back"
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FinetuningError(f"`{path}` cannot be read as a report: {error}") from None
-    if not isinstance(data, dict) or {name: data.get(name) for name in SCHEMA} != SCHEMA:
-        raise FinetuningError(f"`{path}` is no report of version {SCHEMA['version']}: it lacks "
-                              f"`\"schema\": \"{SCHEMA['schema']}\"`; evaluate or compare writes such files")
-    try:
-        card = _card_of({name: data[name] for name in Scorecard.__dataclass_fields__ if name in data})
-        scorecard_page(card)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FinetuningError(f"`{path}` is damaged ({type(error).__name__}: {error}); evaluate or compare again, and "
-                              "they write it anew") from None
-    return card
 
 
 def _card_of(data):
@@ -485,3 +465,23 @@ def save_scorecard(
 
 Scorecard._repr_html_ = lambda card: LOOK_OF_CARD + card_html(card, picture_tag, 2)
 Scorecard.save = save_scorecard
+
+# %% ../nbs/085_scorecards.ipynb #344a3507
+def load_scorecard(
+    path: str | Path,  # a JSON file
+) -> Scorecard:  # equal to the one that was kept
+    "Read a report back"
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise FinetuningError(f"`{path}` cannot be read as a report: {error}") from None
+    if not isinstance(data, dict) or {name: data.get(name) for name in SCHEMA} != SCHEMA:
+        raise FinetuningError(f"`{path}` is no report of version {SCHEMA['version']}: it lacks "
+                              f"`\"schema\": \"{SCHEMA['schema']}\"`; evaluate or compare writes such files")
+    try:
+        card = _card_of({name: data[name] for name in Scorecard.__dataclass_fields__ if name in data})
+        scorecard_page(card)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FinetuningError(f"`{path}` is damaged ({type(error).__name__}: {error}); evaluate or compare again, and "
+                              "they write it anew") from None
+    return card
