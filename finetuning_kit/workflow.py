@@ -30,7 +30,7 @@ from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
 from .profiles import demo_config
-from .relief import memory_guard
+from .relief import halving, memory_guard
 from .records import Document
 from .runs import RunFiles, RunFolder, check_count, check_folder, check_given
 from .settings import FinetuningError, markdown_table, setting_rows
@@ -67,7 +67,7 @@ def measure(
     longest, formatter = longest_answer(data.eval_rows), formatter_of(config)
     with memory_guard(config, doing="answers to held-out questions"):
         answers = evaluate(model, tokenizer, asked, formatter, longest, long_prompts="drop") if asked else None
-        return answers, ask_probe(model, tokenizer, facts) if facts else None
+        return answers, halving(lambda n: ask_probe(model, tokenizer, facts, n), 64) if facts else None
 
 # %% ../nbs/089_workflow.ipynb #b9ddfe7b
 def template_fingerprint(
