@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'add_asking', 'add_measures', 'add_evaluate', 'add_compare', 'find_model', 'choose_metrics', 'fit_task',
-           'open_evaluation', 'read_questions', 'read_sentences', 'knowledge_metric', 'probe_model', 'usual_for',
-           'tell_now_and_then', 'ask_model', 'joined_verdict', 'present_card', 'run_evaluate', 'kept_probes',
-           'compare_models', 'run_compare']
+           'open_evaluation', 'read_questions', 'usual_for', 'tell_now_and_then', 'ask_model', 'joined_verdict',
+           'present_card', 'run_evaluate', 'kept_probes', 'compare_models', 'run_compare']
 
 # %% ../nbs/102_evaluation_commands.ipynb #248c554e
 import argparse
@@ -175,40 +174,6 @@ def read_questions(
     pairs = list(iter_records(rows, options["mapping"]))
     return [record for _, record in pairs], [row.data for row, _ in pairs]
 
-
-def read_sentences(
-    source: str | None,  # rows with `prompt` and `completion`; None: none
-) -> list[dict]:  # the rows
-    "Read what a model should not have forgotten"
-    from finetuning_kit.reading import read_rows
-    from finetuning_kit.settings import FinetuningError
-
-    rows = [row.data for row in read_rows(source)] if source else []
-    bad = [n for n, row in enumerate(rows) if not all(
-        isinstance(row.get(name), str) and row[name].strip() for name in ("prompt", "completion"))]
-    if bad:
-        raise FinetuningError(f"--probe {source}: row {bad[0] + 1} has the fields {', '.join(rows[bad[0]])}; a probe "
-                              "has text in `prompt` and `completion`, as pocket:probe has")
-    return rows
-
-# %% ../nbs/102_evaluation_commands.ipynb #c0ff8931
-def knowledge_metric():  # a `Metric` of rows that know in `extra` whether they were completed
-    "Measure how many plain sentences a model completes as expected"
-    from finetuning_kit.gates import KNOWLEDGE
-
-    return KNOWLEDGE
-
-
-def probe_model(
-    model,  # a causal language model
-    tokenizer,  # its tokenizer
-    sentences: list[dict],  # as `read_sentences` gives them
-):  # an `Evaluation`: which sentences it completes
-    "Find out what a model knows"
-    from finetuning_kit.gates import ask_probe
-
-    return ask_probe(model, tokenizer, sentences)
-
 # %% ../nbs/102_evaluation_commands.ipynb #329ecf77
 def usual_for(
     records: list,  # questions, with or without the answers wanted
@@ -250,6 +215,7 @@ def ask_model(
     "Load a model, ask it everything, and let it go"
     from finetuning_kit.evaluation import evaluate
     from finetuning_kit.formatting import formatter_for
+    from finetuning_kit.gates import ask_probe, read_probe
     from finetuning_kit.machine import probe_machine
     from finetuning_kit.models import load_model, load_tokenizer
     from finetuning_kit.pipeline import formatter_of
@@ -258,12 +224,12 @@ def ask_model(
     formatter = formatter_of(config) if config and not form else None
     if form and form not in ("chat", "sharegpt"):
         formatter = formatter_for(form)
-    sentences, tokenizer = read_sentences(options["probe"]), load_tokenizer(place)
+    sentences, tokenizer = read_probe(options["probe"]) if options["probe"] else [], load_tokenizer(place)
     model = load_model(place, options["load_in_4bit"], options["precision"],
                        options["device"] or probe_machine().device)
     found = evaluate(model, tokenizer, questions[0], formatter, options["max_new_tokens"], options["batch_size"],
                      tell_now_and_then(say, name), metrics or usual_for(questions[0]), questions[1], keep_in)
-    return found, probe_model(model, tokenizer, sentences) if sentences else None
+    return found, ask_probe(model, tokenizer, sentences) if sentences else None
 
 # %% ../nbs/102_evaluation_commands.ipynb #24501b7d
 def joined_verdict(
@@ -285,6 +251,7 @@ def joined_verdict(
 def _check_beforehand(options):  # what would otherwise be found out after hours of asking
     import os
 
+    from finetuning_kit.gates import read_probe
     from finetuning_kit.settings import FinetuningError
 
     if options["html"]:
@@ -298,8 +265,8 @@ def _check_beforehand(options):  # what would otherwise be found out after hours
         if not torch.cuda.is_available():
             raise FinetuningError(f"--device {options['device']}: this machine has no GPU that torch can use; "
                                   "leave --device out, or name cpu")
-    if options["questions"]:
-        read_sentences(options["probe"])
+    if options["questions"] and options["probe"]:
+        read_probe(options["probe"])
 
 # %% ../nbs/102_evaluation_commands.ipynb #c6f77f3d
 def present_card(
@@ -364,6 +331,7 @@ def kept_probes(
 ):  # a `Comparison` of what the probes found; None where they were not asked in both
     "Compare what two evaluations found their models to know"
     from finetuning_kit.evaluation import Evaluation, compare
+    from finetuning_kit.gates import KNOWLEDGE
     from finetuning_kit.side_by_side import load_answers, pair_answers
 
     paths = [folder / "probe.jsonl" for folder in folders] if len(folders) == 2 else [
@@ -371,7 +339,7 @@ def kept_probes(
     if not all(path.is_file() for path in paths):
         return None
     pair = pair_answers(*map(load_answers, paths))
-    return compare(*(Evaluation(rows, (knowledge_metric(),)) for rows in pair)) if pair[0] else None
+    return compare(*(Evaluation(rows, (KNOWLEDGE,)) for rows in pair)) if pair[0] else None
 
 
 def compare_models(

@@ -1,5 +1,4 @@
 """`evaluate` and `compare` as typed: what they write, what they refuse, and by which exit code."""
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from finetuning_kit.asking import Answer
-from finetuning_kit.evaluation import evaluate
 from finetuning_kit.metrics import Exchange
 from finetuning_kit.side_by_side import load_answers, save_answers
 
@@ -90,7 +88,7 @@ def test_evaluation_of_a_run_and_of_its_adapter(typed, rows):
     (("evaluate", "--model", "dead", *ASK), "has no model to ask (its status: failed)"),
     (("evaluate", "--model", "pocket", *ASK, "--metrics", "exakt_match"), "did you mean exact_match?"),
     (("evaluate", "--model", "pocket", *ASK, "--output", "foreign"), "holds 1 files that no evaluation wrote"),
-    (("evaluate", "--model", "pocket", *ASK, "--probe", "rows.jsonl"), "a probe has text in `prompt`"),
+    (("evaluate", "--model", "pocket", *ASK, "--probe", "rows.jsonl"), "a probe needs text in `prompt`"),
     (("evaluate", "--model", "pocket", *ASK, "--max-new-tokens", "0"), "`max_new_tokens` must be at least 1"),
     (("evaluate", "--model", "pocket", *ASK, "--limit", "0"), "no questions"),
     (("evaluate", "--model", "pocket", "--questions", "torn.jsonl"), "torn.jsonl:1"),
@@ -148,7 +146,6 @@ def test_a_run_that_failed_is_compared_as_far_as_it_went(typed, tmp_path):
     assert "training loss" in Path("page.html").read_text()
 
 
-@pytest.mark.skipif("keep_in" not in inspect.signature(evaluate).parameters, reason="answers are not kept one by one")
 def test_a_killed_evaluation_goes_on(typed, rows, monkeypatch):
     from finetuning_kit import collecting
 

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'finetuning_kit[harness]'")
 from finetuning_kit.evaluation import compare  # noqa: E402
 from finetuning_kit.harness import run_harness, write_task  # noqa: E402
+from finetuning_kit.likelihood import choice_accuracy, choice_exchanges  # noqa: E402
 from finetuning_kit.loading import load_records  # noqa: E402
 from finetuning_kit.models import load_model, load_tokenizer, quiet_libraries  # noqa: E402
 
@@ -64,14 +65,13 @@ def test_a_limit_and_examples(pocket, choices, tmp_path):
 
 
 def test_our_multiple_choice_agrees(pocket, choices, tmp_path):
-    likelihood = pytest.importorskip("finetuning_kit.likelihood")
     model, tokenizer = pocket
     page = json.loads(write_task(tmp_path, "choices", choices).read_text())
     page["target_delimiter"] = " "
     (tmp_path / "choices.yaml").write_text(json.dumps(page))
     theirs = run_harness(model, tokenizer, ["choices"], tmp_path, chat=False).evaluations["choices"].exchanges
     rows = [{**row, "label": row["answer"]} for row in choices]
-    ours = likelihood.choice_exchanges(model, tokenizer, rows, plain=True)
+    ours = choice_exchanges(model, tokenizer, rows, plain=True)
     for name, by in (("acc", "sum"), ("acc_norm", "character")):
-        right = likelihood.choice_accuracy(by).count(ours)[:, 0]
+        right = choice_accuracy(by).count(ours)[:, 0]
         assert np.array_equal(right, [each.extra["harness"][name] for each in theirs])

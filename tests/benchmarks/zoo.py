@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from finetuning_kit.breakdowns import lent_adapter, spoil_weight
+from finetuning_kit.breakdowns import spoil_weight
 from finetuning_kit.faults import Case, Keeper, call_human, change_places, go, judge_fault, look, move_answers, talk
 from finetuning_kit.faults import zoo_rows
 from finetuning_kit.traps import ANSWER, shift_words
 from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, PLANTED, judge_clean
-from tests.benchmarks.zoo_others import others
+from tests.benchmarks.zoo_others import others, short_scene
 
 HOME = Path(__file__).parents[2] / "finetuning_kit" / "assets" / "zoo" / "measured.json"
 MACHINE = "2 shared x86 cores with AVX-512 BF16, one thread, no GPU"
@@ -168,12 +168,7 @@ def plain(keeper) -> dict:
         if not asks_plainly(fault):
             found[fault.name] = {"outcome": "not asked"}
             continue
-        scene, words, began = keeper.scene(), "", time.time()
-        fault.plant(scene)
-        if fault.family not in ("run", "checkpoint"):  # two steps show whether it stops
-            scene.settings |= {"max_steps": min(2, scene.settings["max_steps"])}
-        if fault.family == "merge":
-            lent_adapter(scene)
+        scene, words, began = short_scene(keeper, fault), "", time.time()
         try:
             with listening() as said:
                 run_plainly(scene, fault)

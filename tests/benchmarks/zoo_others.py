@@ -146,6 +146,17 @@ def warnings_of(said) -> list:
     return [re.split(r" >> |Warning: ", line, maxsplit=1)[-1].strip() for line in lines]
 
 
+def short_scene(keeper, fault):
+    "A scene with its fault, for another tool: two steps show whether it stops, unless the run itself is at fault."
+    scene = keeper.scene()
+    fault.plant(scene)
+    if fault.family not in ("run", "checkpoint"):
+        scene.settings |= {"max_steps": min(2, scene.settings["max_steps"])}
+    if fault.family == "merge":
+        lent_adapter(scene)
+    return scene
+
+
 def others(keeper, python, asks) -> dict:
     "Give every case to the tool that can be put in its words."
     keeper, usual, found = LentKeeper(keeper.place / "others", python), set(), {}
@@ -154,12 +165,7 @@ def others(keeper, python, asks) -> dict:
         if fault.name in NOT_THERE or not asks(fault):
             found[fault.name] = {"outcome": "not asked"}
             continue
-        scene, words, began = keeper.scene(), "", time.time()
-        fault.plant(scene)
-        if fault.family not in ("run", "checkpoint"):  # two steps show whether it stops
-            scene.settings |= {"max_steps": min(2, scene.settings["max_steps"])}
-        if fault.family == "merge":
-            lent_adapter(scene)
+        scene, words, began = short_scene(keeper, fault), "", time.time()
         status, said = keeper.run(scene, (merge_settings if fault.family == "merge" else train_settings)(scene))
         new = [each for each in warnings_of(said) if each[:60] not in usual]
         if fault is nothing:
