@@ -174,8 +174,8 @@ LAYOUT = {
     "checkpoints": "where a run can be resumed", "loss.png": "the loss plot", "samples.jsonl": "questions and answers",
     "metrics.json": "what was measured", "config.yaml": "the settings, for --config and another --output-dir",
     "run.json": "versions, machine, data, notes", "events.jsonl": "everything that happened, a line each",
-    "answers.jsonl": "all answers whole, for `finetuning-kit compare`",
-    "probe.jsonl": "plain facts that the tuned model still knows, for `compare --gate`",
+    "answers.jsonl": "all answers whole, for `compare`",
+    "probe.jsonl": "plain facts and which of them are still known",
     "data_report.json": "what the check of the rows found", "skipped_rows.jsonl": "rows left out for their errors"}
 
 # %% ../nbs/089_workflow.ipynb #013b4b03
