@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETTINGS := settings.ini setup.py pyproject.toml constraints.txt
 NB ?= $(wildcard nbs/*.ipynb)
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .PHONY: help demo test export notebooks readme lab constraints clean
 
@@ -15,8 +16,10 @@ help:  ## Show this list
 demo: $(VENV)/ready-to-run  ## Set up, then fine-tune the shipped model: data to merged model, about a minute
 	$(BIN)/finetuning-kit demo $(ARGS)
 
+# Several tests at once, each on one thread: models this small gain little from a second one, and with two threads on
+# two cores that something else uses too, a step of training was measured to take seven times as long.
 test: $(VENV)/ready-to-test  ## Set up as for the demo, add the tools of the tests, and run all tests (ARGS="-k layers")
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 export: $(VENV)/ready-to-test  ## Export the chapters to finetuning_kit/
 	$(BIN)/nbdev-export

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Span', 'until', 'Piece', 'Pieces', 'mark_value', 'mark_message', 'render_skeleton', 'Placed', 'place_pieces',
-           'check_places', 'literals_of', 'Layout', 'lay_out_row', 'widen_place', 'contents_of', 'find_contents']
+           'check_places', 'literals_of', 'Layout', 'match_row', 'lay_out_row', 'widen_place', 'contents_of',
+           'find_contents']
 
 # %% ../nbs/034_templates.ipynb #76efaf6b
 import json
@@ -191,19 +192,19 @@ def literals_of(
 class Layout(NamedTuple):
     "A text, and where everything in it stands that somebody said"
     text: str  # what the model reads
-    placed: list[Placed]  # in the order of the text
+    placed: list[Placed] | None  # in the order of the text
     pieces: Pieces  # what was said
     messages: list[dict]  # with markers
     tools: list  # with markers
 
 
-def lay_out_row(
+def match_row(
     tokenizer,  # a tokenizer with a chat template
     messages: list[dict],  # role and content of each turn; calls, thoughts
-    ask: bool = False,  # True: end where the model's answer begins
-    tools: tuple | list = (),  # JSON schemas of the tools on offer
-) -> Layout:  # the text, and the places
-    "Render a conversation, and tell what somebody said from the template's own text"
+    ask: bool,  # True: end where the model's answer begins
+    tools: tuple | list,  # JSON schemas of the tools on offer
+) -> tuple[Layout, list[int]]:  # `placed` is None where the skeleton does not fit; the pieces that the template wrote
+    "Render a conversation and its skeleton, and lay one over the other"
     truth = render(tokenizer, messages, ask, tools)
     said = json.dumps([messages, list(tools)], default=str) + truth
     salt = next(n for n in count() if f"ftk{n}x" not in said)
@@ -215,14 +216,29 @@ def lay_out_row(
         placed = place_pieces(parts, pieces, truth)
         if placed is not None:
             break
-    check_places(parts[1::2], pieces, messages)
-    if tools and all(piece.kind != "tools" for piece in pieces) and render(tokenizer, messages, ask) == truth:
+    return Layout(truth, placed, pieces, marked, marked_tools), parts[1::2]
+
+
+def lay_out_row(
+    tokenizer,  # a tokenizer with a chat template
+    messages: list[dict],  # role and content of each turn; calls, thoughts
+    ask: bool = False,  # True: end where the model's answer begins
+    tools: tuple | list = (),  # JSON schemas of the tools on offer
+) -> Layout:  # the text, and the places
+    "Render a conversation, and tell what somebody said from the template's own text"
+    layout, written = match_row(tokenizer, messages, ask, tools)
+    if layout.placed is None and "strftime_now" in template_of(tokenizer, tools):
+        _SKELETONS.clear()
+        layout, written = match_row(tokenizer, messages, ask, tools)
+    check_places(written, layout.pieces, messages)
+    if tools and all(piece.kind != "tools" for piece in layout.pieces) and \
+            render(tokenizer, messages, ask) == layout.text:
         raise FinetuningError("the chat template leaves out the tools on offer; remove them from the row, or use "
                               "another template")
-    if placed is None:
+    if layout.placed is None:
         raise FinetuningError("the chat template changes what a message says, so the place of the answer is unknown; "
                               "use another template, or set `dataset_format` to instruction")
-    return Layout(truth, placed, pieces, marked, marked_tools)
+    return layout
 
 # %% ../nbs/034_templates.ipynb #560c6384
 def widen_place(
