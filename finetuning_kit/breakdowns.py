@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 # %% ../nbs/096_breakdowns.ipynb #7a385655
 from .checkpoints import read_seal, seal_checkpoint
 from .faults import Case, Heard, Scene, SpoiltScene, go, zoo_rows
-from .merging import attach_adapter, fold_adapter, merge_lora_weights, verify_merge
+from .bases import attach_adapter
+from .merging import fold_adapter, merge_lora_weights
+from .verification import verify_merge
 from .models import load_model, load_tokenizer
 from .tokens import encode_prompt
 from .workflow import template_fingerprint

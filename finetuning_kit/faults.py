@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 # %% ../nbs/094_faults.ipynb #9dabac7b
 from .config import FineTuningConfig
-from .merging import MergeCheck
+from .verification import MergeCheck
 from .models import load_tokenizer, pocket_model_path
 from .profiles import demo_config
 from .reading import read_rows

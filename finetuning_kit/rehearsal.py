@@ -29,7 +29,7 @@ from .checkpoints import saved_checkpoints
 from .config import FineTuningConfig
 from .encoding import EncodedRow
 from .machine import Machine, cpu_of
-from .merging import stored_precision
+from .bases import stored_precision
 from .methods import base_precision, can_merge
 from .models import end_of_turn_id, load_adapter, load_model, load_tokenizer, quiet_libraries
 from .processes import n_processes

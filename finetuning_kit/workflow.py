@@ -23,7 +23,9 @@ from .evaluation import Comparison, Evaluation, compare, evaluate
 from .gates import ask_probe
 from .ledger import reject_line
 from .machine import probe_machine, resolve_config
-from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
+from .bases import record_base
+from .merging import merge_lora_weights
+from .verification import MergeCheck, verify_merge
 from .methods import METHOD_WORDS, base_precision, can_merge
 from .models import count_parameters, load_model, load_tokenizer
 from .pipeline import PreparedData, formatter_of, prepare_data
