@@ -92,7 +92,7 @@ def compare_logits(
     return {"n_positions": n_positions, "max_logit_difference": largest, "adapter_effect": (moved / n_logits) ** 0.5,
             "relative_difference": relative, "kl": nats / n_positions, "top1_agreement": same / n_positions}
 
-# %% ../nbs/088c_verification.ipynb #a26a9662
+# %% ../nbs/088c_verification.ipynb #043e9584
 MERGE_LIMITS = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "4-bit": 5e-2}
 ROUNDING = 1e-5  # root mean square of what fp32's rounding alone may do to a logit
 
@@ -115,11 +115,12 @@ class MergeCheck:
     @property
     def passed(self) -> bool:
         "Whether the merged model may stand for the adapter model; in fp32 every answer must be the same"
-        found = [asdict(self), *filter(None, [self.extreme])]
         exact = self.limit == MERGE_LIMITS["float32"]
-        close = [each["relative_difference"] <= self.limit or exact and
-                 each["relative_difference"] * each["adapter_effect"] <= ROUNDING for each in found]
-        return all(close) and (not exact or self.n_same_answers == self.n_prompts)
+        allowed = max(self.limit * self.adapter_effect, ROUNDING * exact)
+        off, effect = self.extreme.get("relative_difference", 0.0), self.extreme.get("adapter_effect", 0.0)
+        close = (self.relative_difference * self.adapter_effect <= allowed and self.relative_difference < float("inf")
+                 and (off <= self.limit or off * effect <= allowed))
+        return close and (not exact or self.n_same_answers == self.n_prompts)
 
     def to_dict(self) -> dict:
         "Every figure as a plain value, ready for JSON"

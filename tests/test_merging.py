@@ -37,7 +37,7 @@ def sources(tmp_path_factory):
         model = get_peft_model(load_model(str(home / "base")), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+            torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(home / "adapter", save_embedding_layers=False)
     record_base(home / "adapter", home / "base")
     return home
@@ -117,7 +117,7 @@ def test_a_merge_proves_itself_and_says_so(sources, tmp_path):
     out = merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "out", prompts=ASK, on_event=heard.append)
     check = load_check(out)
     assert check.passed and check.n_prompts == 2 and check.adapter_effect > 0.1 and check.kl < 1e-9
-    assert check.extreme["relative_difference"] < 1e-5 and check.before["relative_difference"] < 1e-5
+    assert check.extreme["relative_difference"] < 1e-4 and check.before["relative_difference"] < 1e-5
     told = json.loads((out / MERGE_RECORD).read_text())
     assert told["adapter_sha256"] == file_hash(sources / "adapter" / "adapter_model.safetensors")
     assert (told["base"], told["precision"], told["way"]) == ("a local model", "fp32", "plain")
