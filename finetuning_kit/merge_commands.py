@@ -137,7 +137,7 @@ class MergeScreen(Screen):
             self.progress.stop()
             self.progress = None
 
-# %% ../nbs/102b_merge_commands.ipynb #3f08df4c
+# %% ../nbs/102b_merge_commands.ipynb #b40772cc
 def place_of_merged(
     options: dict,  # what the command line gave
     adapter: Path,  # the (first) adapter's folder
@@ -150,7 +150,6 @@ def merge_several(
     options: dict,  # what the command line gave
 ) -> Path:  # the merged model's folder
     "Join several adapters with weights, and add them to their base"
-    from finetuning_kit.mixing import mix_adapters
     from finetuning_kit.settings import FinetuningError
 
     words = [*filter(None, [options["which"]]), *options["adapter"]]
@@ -159,6 +158,8 @@ def merge_several(
     if not options["output"]:
         raise FinetuningError("several adapters make one model, and it has no name of its own; name its folder: "
                               "--output FOLDER")
+    from finetuning_kit.mixing import mix_adapters
+
     mix_adapters(base, [(adapter, weight) for adapter, _, weight in found], Path(options["output"]),
                  combination=options["combination"] or "linear", density=options["density"])
     return Path(options["output"])
