@@ -173,7 +173,7 @@ def write_merged(
     tokenizer = load_tokenizer(str(lora_path if own else base_model_path))
     save_whole(fold_adapter(attach_adapter(base, lora_path)), tokenizer, output_path)
 
-# %% ../nbs/088d_merging.ipynb #35b88712
+# %% ../nbs/088d_merging.ipynb #769e9b6b
 def choose_proof(
     job: MergeJob,  # a merge; what a reader should know is added to its notes
     prompts: list | None = None,  # as in `merge_lora_weights`
@@ -206,11 +206,11 @@ def prove_merge(
     if trained is None:
         form = job.record.get("load_in_4bit", job.in_4bit), job.record.get("precision", job.precision)
         trained = attach_adapter(load_model(job.base, *form), job.adapter)
-    tell({"type": "proof", "of": "the merge in memory"})
+    tell({"type": "proof", "of": "memory"})
     merged = merge_in_memory(job.base, job.adapter, job.precision, job.in_4bit).to(trained.device)
     before = compare_logits(trained, merged, prompts)
     del merged
-    tell({"type": "proof", "of": "the merged model, read from disk"})
+    tell({"type": "proof", "of": "disk"})
     return replace(verify_merge(trained, folder, tokenizer, prompts), before=before)
 
 # %% ../nbs/088d_merging.ipynb #4bd47b6a
@@ -326,7 +326,7 @@ def refuse_difference(
                               "the model all the same: `allow_difference`")
     job.notes.append(f"the merged model {words}; it was kept because the difference was allowed")
 
-# %% ../nbs/088d_merging.ipynb #d8c27079
+# %% ../nbs/088d_merging.ipynb #aa2eeed0
 def _hear_progress(tell):
     from inspect import signature
 
@@ -338,15 +338,15 @@ def merge_event_words(
     event: dict,  # what `merge_lora_weights` told
 ) -> tuple[str, str]:  # a title and a text; empty for what needs no words
     "Put what happens during a merge into words"
-    kind, job = event["type"], event.get("job")
+    kind, job, check = event["type"], event.get("job"), event.get("check")
     if kind == "write":
         return "merge", f"{public_name(job.base)} and {job.adapter.name}, in {job.precision}, way: {job.way}"
     if kind == "tensors":
         return "weights", f"{event['done'] / event['total']:.0%} of {event['total'] / 2**20:,.1f} MiB, {event['name']}"
     if kind == "proof":
-        return "compares", f"the trained model and {event['of']}"
+        other = "the sum in memory" if event["of"] == "memory" else "the merged model, read from the disk"
+        return event["of"], f"comparing the trained model with {other}"
     if kind == "check":
-        check = event["check"]
         return ("verified" if check.passed else "differs",
                 f"logits within {check.max_logit_difference:.1e}, {check.relative_difference:.1e} of what the adapter "
                 f"does, KL {check.kl:.1e} nats, {check.n_same_answers} of {check.n_prompts} answers the same")

@@ -247,3 +247,19 @@ def test_ends_of_the_vocabulary_are_looked_at(sources):
     check = verify_merge(trained, merged, tokenizer, prompts)
     assert check.relative_difference < 1e-5 < 1e-2 < check.extreme["relative_difference"] and not check.passed
     assert compare_logits(trained, merged, extreme_prompts(merged)[:1])["relative_difference"] < 1e-5
+
+
+def test_tensors_are_told_as_they_are_written(sources, tmp_path):
+    from finetuning_kit import merging
+
+    write = merging.write_merged
+
+    def telling(base, lora, folder, precision, in_4bit, on_progress=None):
+        write(base, lora, folder, precision, in_4bit)
+        on_progress(1, 2, "model.norm.weight")
+
+    heard = []
+    with patch.object(merging, "write_merged", telling):
+        merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "out", verify=False, on_event=heard.append)
+    assert heard[1] == {"type": "tensors", "done": 1, "total": 2, "name": "model.norm.weight"}
+    assert merge_event_words(heard[1])[0] == "weights"
