@@ -202,6 +202,8 @@ def merge_is_exact(
         why = "changes no weight" if stage.config.trains_adapter else "trains the model itself"
         return "does not apply", f"`method` {stage.config.method} {why}, so there is nothing to merge", ""
     check = merge_and_verify(stage.run, stage.config, stage.data, n_prompts=16)
+    if check is None:
+        return "does not apply", "two models do not fit into memory here, so nobody could compare them", ""
     told = (f"{check.n_same_answers} of {check.n_prompts} answers equal, "
             f"logits within {check.max_logit_difference:.0e}, "
             f"{check.relative_difference:.1e} of the adapter's effect ({check.limit:g} allowed)")
