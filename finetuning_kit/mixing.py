@@ -128,7 +128,7 @@ def check_same_base(
     widest = "fp32" if "fp32" in widths or len(set(widths)) > 1 else next(iter(widths), stored_precision(base_model_path))
     return {"precision": widest, "load_in_4bit": any(record["load_in_4bit"] for record in known.values())}
 
-# %% ../nbs/088f_mixing.ipynb #64f96f7e
+# %% ../nbs/088f_mixing.ipynb #8896170f
 def weightless_model(
     model_name: str | Path,  # "pocket", a folder, or a Hub name that has been loaded before
 ):  # a causal language model, all zeros, that takes next to no memory
@@ -154,7 +154,7 @@ def attach_all(
         config, weights = read_lora(path)
         lost = config.target_modules - places
         if not lost:
-            with quiet_libraries():
+            with quiet_libraries(), torch.random.fork_rng(devices=[]):  # PEFT draws a start, which is thrown away
                 if number:
                     model.add_adapter(f"mix{number}", config)
                 else:
