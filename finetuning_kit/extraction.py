@@ -245,7 +245,7 @@ def energy_against_rank(
         raise FinetuningError(f"no linear layer of {tuned_model_path} differs from {base_model_path}")
     return EnergyCurve(found, total)
 
-# %% ../nbs/088e_extraction.ipynb #b40a3f58
+# %% ../nbs/088e_extraction.ipynb #06d5f2f9
 def draw_energy(
     curve: EnergyCurve,  # from `energy_against_rank`
     scores: dict[int, float] | None = None,  # rank -> a score from 0 to 1, drawn beside it; None: none
@@ -254,7 +254,7 @@ def draw_energy(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(6.4, 3.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     longest = max(map(len, curve.found.values()))
     for layer, sums in curve.found.items():
