@@ -26,6 +26,7 @@ from .machine import probe_machine, resolve_config
 from .merging import MergeCheck, merge_lora_weights, record_base, verify_merge
 from .methods import METHOD_WORDS, base_precision, can_merge
 from .models import count_parameters, load_model, load_tokenizer
+from .pairings import link_notes
 from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
@@ -346,6 +347,8 @@ def fine_tune(
     check_fit(rows[0] + rows[1], model)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
+    if is_main_process() and not shards_weights():
+        notes += link_notes(model, data)
     before = measure(model, tokenizer, config, data, max_answers)
     meet()
     tell({"type": "stage", "name": "train"})
