@@ -129,7 +129,8 @@ def repair_row(
 # %% ../nbs/045_cleaning.ipynb #2586d6be
 DROPS = tuple(code for code, check in CHECKS.items() if check.cure == "drop")  # what goes unless told otherwise
 UNSEEN = ("not_encoded", "too_long", "contamination")  # what takes a model or a benchmark to see
-OF_SETS = ("label_balance", "length_bias", "same_system", "preferences", "few_rows")  # faults that no row has
+OF_SETS = ("label_balance", "length_bias", "same_system", "changed_places", "preferences",
+           "few_rows")  # faults that no row has
 DROPPABLE = tuple(code for code in CHECKS if code not in UNSEEN + OF_SETS)  # what can be left out
 ACROSS = ("duplicates", "near_duplicates", "contradictions")  # faults that a row has because of an earlier one
 

@@ -178,7 +178,7 @@ def run_sweep(
     from finetuning_kit.models import load_tokenizer
     from finetuning_kit.profiles import compose
     from finetuning_kit.spaces import read_space
-    from finetuning_kit.sweeps import sweep_folder, sweep_settings
+    from finetuning_kit.sweeps import importance_words, sweep_folder, sweep_settings
     from finetuning_kit.workflow import prepare_run
 
     config, screen = compose(layers_of(options)).config, Screen()
@@ -192,6 +192,8 @@ def run_sweep(
                            seed=config.training.seed, storage=options["storage"], folder=folder, tokenizer=tokenizer,
                            on_event=lambda event: "record" in event and screen.line("trial", str(event["record"])))
     screen.line("best", str(found.best or "none has finished"))
+    if told := importance_words(found):
+        screen.line("note", told)
     if found.best:  # a line of its own, however long, so that it can be copied
         line = f"finetuning-kit train --config {folder / 'best.yaml'}"
         screen.console.print(f"\n    {line}\n", soft_wrap=True, markup=False, highlight=False)

@@ -421,7 +421,7 @@ ANSWERS = [
     Case("an access key stands in a row", "data", "table, 97", "secrets",
           lambda scene: scene.say(3, f"My key is hf_{'aBcD1234' * 4}Ef, what now?", 0)),
     Case("nearly every answer is yes", "data", "table, E", "label_balance", say_yes),
-    Case("answers moved seven rows down", "data", "next in line", "other answers", move_answers),
+    Case("answers moved seven rows down", "data", "next in line", "belong to other questions", move_answers, go),
     Case("questions and answers changed places", "data", "next in line", "changed places", change_places),
 ]
 

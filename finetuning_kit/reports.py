@@ -99,6 +99,8 @@ CHECKS |= {
                            "add rows of the rare ones, or drop common ones"),
     "same_system": Check("warning", "a long system text stands in every row",
                          "shorten it: it is paid for in every step"),
+    "changed_places": Check("warning", "questions and answers may have changed places",
+                            "exchange the columns, or give the right `mapping`, unless the assistant shall ask"),
     "preferences": Check("note", "rows say which answers are better", "use them for preference training; `train` "
                          "learns from single answers, into which `convert` turns them"),
     "few_rows": Check("warning", "there are few rows", "collect more before you trust a result"),

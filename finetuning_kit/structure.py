@@ -5,11 +5,13 @@
 # %% ../nbs/026_structure.ipynb #0480796e
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 # %% auto #0
-__all__ = ['N_BEGINNING', 'N_PAIRS', 'LENGTH_BIAS', 'is_unanswered', 'is_unasked', 'order_faults', 'has_two_systems',
-           'answers_by_role', 'differs_by_length', 'is_swapped', 'longer_share', 'has_length_bias']
+__all__ = ['N_BEGINNING', 'N_PAIRS', 'LENGTH_BIAS', 'ASKING', 'QUIET', 'N_TURNED', 'is_unanswered', 'is_unasked', 'order_faults',
+           'has_two_systems', 'answers_by_role', 'differs_by_length', 'is_swapped', 'longer_share', 'has_length_bias',
+           'is_asking', 'exchange_words']
 
 # %% ../nbs/026_structure.ipynb #959bee29
 from .likeness import normal_text
@@ -128,3 +130,34 @@ def has_length_bias(
     "Say whether the length of an answer decides nearly every pair"
     share = longer_share(records)
     return share is not None and not 1 - LENGTH_BIAS < share < LENGTH_BIAS
+
+# %% ../nbs/026_structure.ipynb #00cb7261
+_MARK = re.compile(r"[?？؟՞\u037e]['\"”’»)\]*_]*(?:\s|\Z)")  # the sign that ends a question; the last one is the Greek one
+_REQUEST = re.compile(
+    r"\W*(?:(?:please|now|then) )?(?:what|which|who|whom|whose|when|where|why|how|is|are|was|were|does|do|did|can|could"
+    r"|will|would|should|give|write|create|generate|explain|describe|list|name|find|summari[sz]e|translate|rewrite|edit"
+    r"|classify|identify|suggest|compare|calculate|convert|provide|design|construct|compose|outline|analy[sz]e|tell"
+    r"|determine|make|choose|select|propose|develop|discuss|brainstorm|rephrase|complete|arrange|sort|replace|correct"
+    r"|answer|predict|estimate|evaluate|extract|count|solve|show)\b", re.I)
+ASKING, QUIET = 0.6, 0.2  # share of the assistant's texts that ask at least, of the user's at most, in a set turned round
+N_TURNED = 20  # texts of each; fewer say nothing about a set
+
+
+def is_asking(
+    text: str,  # what somebody says
+) -> bool:  # whether it asks or requests something, as far as its beginning tells
+    "Say whether a text is a question or a request"
+    return bool(_MARK.search(text[:400].strip()) or _REQUEST.match(text))
+
+
+def exchange_words(
+    records: list[AnyRecord],  # records of any kind
+) -> str:  # a sentence if the assistant asks and the user does not; empty: nothing to say
+    "Say whether questions and answers look as if they had changed places"
+    asks = {role: [is_asking(said.text) for record in records for said in said_in(record) if said.role == role]
+            for role in ("user", "assistant")}
+    if min(map(len, asks.values())) < N_TURNED:
+        return ""
+    user, assistant = (sum(each) / len(each) for each in asks.values())
+    return (f"questions and answers may have changed places: {assistant:.0%} of what the assistant says asks for "
+            f"something, and {user:.0%} of what the user says") if assistant >= ASKING and user <= QUIET else ""

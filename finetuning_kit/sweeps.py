@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['AGAIN', 'import_optuna', 'distribution_of', 'done_trials', 'next_trial', 'give_up', 'TrialRecord', 'LastLook',
-           'config_of_trial', 'drop_weights', 'TrialWatch', 'run_trial', 'Sweep', 'open_study', 'sweep_folder',
-           'record_of', 'write_down', 'plan_sweep', 'draw_history', 'draw_slice', 'plot_sweep', 'keep_best',
-           'sweep_settings']
+__all__ = ['AGAIN', 'N_TRUSTED', 'import_optuna', 'distribution_of', 'done_trials', 'next_trial', 'give_up', 'TrialRecord',
+           'LastLook', 'config_of_trial', 'drop_weights', 'TrialWatch', 'run_trial', 'sweep_importances',
+           'importance_words', 'Sweep', 'open_study', 'sweep_folder', 'record_of', 'write_down', 'plan_sweep',
+           'draw_history', 'draw_slice', 'plot_sweep', 'keep_best', 'sweep_settings']
 
 # %% ../nbs/093_sweeps.ipynb #261a7078
 from .checkpoints import drift_of, drift_words, run_fingerprint, score_of
@@ -187,6 +187,33 @@ def run_trial(
     value = watch.value if state in ("finished", "pruned") else None
     return TrialRecord(watch.number, settings, state, value, reason, watch.n_steps, round(time.monotonic() - began, 2))
 
+# %% ../nbs/093_sweeps.ipynb #4dafea3e
+N_TRUSTED = 20  # trials with a figure; importances of fewer change from one sweep to the next
+
+
+def sweep_importances(
+    found: Sweep,  # some of its trials have ended
+) -> dict[str, float]:  # setting -> share of 1, the largest first; empty: one setting, or fewer than four figures
+    "Share out among the settings what sets the best quarter of the trials apart"
+    optuna, ended = import_optuna(), [trial for trial in found.trials if trial.value is not None]
+    if len(ended) < 4 or len(found.space) < 2:
+        return {}
+    study, kinds = optuna.create_study(), {each.name: distribution_of(each) for each in found.space}
+    study.add_trials([optuna.trial.create_trial(params=trial.settings, distributions=kinds, value=-score_of(
+        {found.metric: trial.value}, found.metric)) for trial in ended])
+    quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    return optuna.importance.get_param_importances(study, evaluator=quarter)
+
+
+def importance_words(
+    found: Sweep,  # some of its trials have ended
+) -> str:  # a sentence, with a caveat where trials are few; empty: nothing to say
+    "Say which settings mattered, and how far to believe it"
+    shares, n = sweep_importances(found), sum(trial.value is not None for trial in found.trials)
+    told = ", ".join(f"`{name.rpartition('.')[2]}` {share:.0%}" for name, share in shares.items())
+    few = f"; {n} trials are too few to rely on it: from {N_TRUSTED} on it settles" * (n < N_TRUSTED)
+    return f"importance (PED-ANOVA): {told}{few}" if told else ""
+
 # %% ../nbs/093_sweeps.ipynb #7f1baeac
 @dataclass
 class Sweep:
@@ -228,7 +255,8 @@ class Sweep:
         rows = [(trial.number, *(value_text(trial.settings.get(name)) for name in names),
                  "" if trial.value is None else f"{trial.value:.4f}", trial.state, trial.n_steps, trial.reason[:80])
                 for trial in [*self.ranking, *others]]
-        return markdown_table(["trial", *names, self.metric, "state", "steps", "why"], rows)
+        table = markdown_table(["trial", *names, self.metric, "state", "steps", "why"], rows)
+        return "\n\n".join(filter(None, [table, importance_words(self)]))
 
 # %% ../nbs/093_sweeps.ipynb #15dbb686
 def open_study(
@@ -360,6 +388,8 @@ def plot_sweep(
     draw_history(panels[0], found)
     for axes, dimension in zip(panels[1:], found.space):
         draw_slice(axes, found, dimension)
+    for name, share in sweep_importances(found).items():
+        panels[1 + [each.name for each in found.space].index(name)].set_title(f"importance {share:.0%}", fontsize=8)
     values = [trial.value for trial in found.trials if trial.value is not None] or [1.0]
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     for axes in panels:

@@ -37,7 +37,7 @@ from .reports import CHECKS, Report, build_report
 from .settings import FinetuningError
 from .shapes import Mapping, detect_shape
 from finetuning_kit.structure import (
-    differs_by_length, has_length_bias, has_two_systems, is_swapped, is_unanswered, is_unasked, longer_share,
+    differs_by_length, exchange_words, has_length_bias, has_two_systems, is_swapped, is_unanswered, is_unasked, longer_share,
     order_faults)
 from .tokens import encode_batch
 from finetuning_kit.wording import (
@@ -193,7 +193,8 @@ def find_in_set(
         (None, each) if each in usual else languages_of(_question(record), _answer(record))
         for each, record in zip(spoken, plain))])
     found.census = take_census(plain, sources, spoken, lengths)
-    for code, words in (("label_balance", balance_words(found.census.labels)), ("same_system", system_words(plain))):
+    for code, words in (("label_balance", balance_words(found.census.labels)), ("same_system", system_words(plain)),
+                        ("changed_places", exchange_words(plain))):
         found.add(code, rows if words else [], words, whole=True)
     if has_length_bias(plain):
         share = longer_share(plain)

@@ -28,6 +28,7 @@ from .merging import USE, card_head, load_check, merge_lora_weights, merge_secti
 from .verification import MergeCheck
 from .methods import METHOD_WORDS, base_precision, can_merge
 from .models import count_parameters, load_model, load_tokenizer
+from .pairings import link_notes
 from .pipeline import PreparedData, formatter_of, prepare_data
 from .processes import is_main_process, join_processes, meet, n_processes, shards_weights
 from .reading import read_rows
@@ -334,6 +335,8 @@ def fine_tune(
     check_fit(rows[0] + rows[1], model)
     start_account(folder, data, tokenizer)
     tell({"type": "stage", "name": "base", "parameters": count_parameters(model)})
+    if is_main_process() and not shards_weights():
+        notes += link_notes(model, data)
     before = measure(model, tokenizer, config, data, max_answers)
     meet()
     tell({"type": "stage", "name": "train"})

@@ -8,9 +8,10 @@ from finetuning_kit.faults import CAUGHT, FAMILIES, Keeper, go, judge_fault, loo
 from finetuning_kit.zoo import CLEAN, CLEAN_ROWS, CLEAN_SETTINGS, COMPLAINTS, PLANTED
 from finetuning_kit.zoo import caught_share, judge_clean, measured
 
-MISSED = {"answers moved seven rows down", "questions and answers changed places"}  # nothing but reading finds them
+MISSED = set()  # names of faults that nobody catches
 QUICK = [fault for fault in PLANTED if fault.act is look]
-SOME = ["a new token has no place in the model", "the tokenizer belongs to another model",
+SOME = ["answers moved seven rows down", "a new token has no place in the model",
+        "the tokenizer belongs to another model",
         "a weight of the base is no number", "no gradient reaches the adapter", "the memory is full at a step",
         "one bit of the optimizer's file changed",
         "the rate changed between two halves", "the rows changed between two halves", "another base of the same shape",

@@ -2,6 +2,8 @@
 import json
 import math
 import tempfile
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from finetuning_kit.machine import resolve_config
 from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.profiles import demo_config
 from finetuning_kit.rates import (
-    EDGE, Fork, SearchPlan, find_learning_rate, for_whole_run, lr_find, rate_lines, valley, walk_downhill)
+    EDGE, STUDY, Fork, SearchPlan, find_learning_rate, for_whole_run, lr_find, rate_lines, valley, walk_downhill)
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.tokens import encode_records
 from finetuning_kit.trials import chance_state, trial_config, try_rate
+from tests.benchmarks.rates import SET_ON, STUDIED, mean_regret, regret_of
 
 METHODS = ("lora", "full", "freeze", "adalora", "ia3", "prefix", "prompt", "p_tuning", "ln_tuning", "dora", "pissa",
            "eva", "lora+")
@@ -158,3 +161,28 @@ def test_the_command_writes_a_picture_and_numbers_and_names_the_flag(tmp_path, c
     told, found = capsys.readouterr().out, json.loads((tmp_path / "rates.json").read_text())
     assert f"--learning-rate {found['suggestion']:.2g}" in told and "of twelve whole runs" in told
     assert (tmp_path / "rates.png").read_bytes()[1:4] == b"PNG" and told.count("held-out loss") >= 3
+
+
+def study_group(kind, all_tasks=True):
+    "The stored tasks of one kind: A for adapters, F for all weights."
+    tasks = json.loads(STUDIED.read_text(encoding="utf-8"))["tasks"]
+    return {name: piece for name, piece in tasks.items() if name[0] == kind and (all_tasks or name not in SET_ON)}
+
+
+@pytest.mark.parametrize("kind, others", [("A", (0.0, 0.025)), ("F", (0.018, 0.010))])
+def test_the_published_regrets_are_those_of_the_stored_study(kind, others):
+    pieces = study_group(kind).values()
+    of_best, of_fall = ([regret_of(piece, fall) for piece in pieces] for fall in (False, True))
+    found = round(median(of_best), 3), round(max(of_best), 3), round(median(of_fall), 4), len(of_best)
+    assert found == STUDY[kind == "A"]
+    unseen = median(map(regret_of, study_group(kind, all_tasks=False).values()))
+    assert (round(unseen, 3), round(median(map(mean_regret, pieces)), 3)) == others
+
+
+def test_the_chapters_table_is_that_of_the_stored_study():
+    nb = json.loads((Path(__file__).parents[1] / "nbs" / "062_rates.ipynb").read_text(encoding="utf-8"))
+    rows = [line.strip() for cell in nb["cells"] for line in cell["source"] if line.startswith("|") and "%" in line]
+    ends = [f"| {regret_of(piece):+.1%} | {regret_of(piece, of_fall=True):+.2%} | {mean_regret(piece):+.1%} |"
+            for kind in "AF" for piece in study_group(kind).values()]
+    assert len(rows) == len(ends) == 24
+    assert [row for row, end in zip(rows, ends) if not row.endswith(end)] == []

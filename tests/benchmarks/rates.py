@@ -47,6 +47,7 @@ TASKS = {  # name -> kind of question, training rows, share of wrong answers, st
     "F12": ("sentence", 500, 0.3, 56, 8, {"method": "full"}),
 }
 MORE_SEEDS = (1, 2)
+STUDIED = Path(__file__).with_name("rates_study.json")  # the published run, without its curves
 SET_ON, N_HELD_OUT, N_SWEEP = ("A01", "F01", "A03", "F03", "A05", "F02"), 150, 12
 SEEDS = {"A09": 3, "F09": 3, "A12": 5, "F12": 5}
 

@@ -103,7 +103,7 @@ def read_plainly(rows):
 def trl_trainer(scene):
     "SFTTrainer for a scene, and nothing of ours."
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
     from finetuning_kit.models import pocket_model_path
@@ -113,8 +113,9 @@ def trl_trainer(scene):
     lora |= {name: settings.pop(name) for name in list(lora) if name in settings}
     name = settings.pop("model_name", "pocket")
     place = str(pocket_model_path()) if name == "pocket" else name
-    for ours in ("on_spike", "over_length", "dataset_format", "split_ratio", "early_stopping", "load_in_4bit"):
+    for ours in ("on_spike", "over_length", "dataset_format", "split_ratio", "early_stopping"):
         settings.pop(ours, None)
+    bits = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if settings.pop("load_in_4bit", False) else {}
     arguments = {"eval_strategy": "steps" if scene.held_out else "no", **settings}
     config = SFTConfig(output_dir=str(scene.folder.checkpoints), use_cpu=True, max_length=128, disable_tqdm=True,
                        **{"bf16": False, **arguments})
@@ -122,7 +123,7 @@ def trl_trainer(scene):
                 "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
                 "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)}
     return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), args=config,
+        model=AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **bits), args=config,
         peft_config=adapters[method], train_dataset=read_plainly(scene.rows),
         eval_dataset=read_plainly(scene.held_out) if scene.held_out else None,
         processing_class=AutoTokenizer.from_pretrained(place))
