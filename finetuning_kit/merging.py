@@ -19,6 +19,9 @@ def fold_adapter(
     model,  # the base with its adapter attached, a PeftModel
 ):  # the base, with the adapter added to its weights
     "Add an adapter to its base's weights, and refuse weights that are not numbers"
+    if any(getattr(each, "quant_state", None) is not None for each in model.parameters()):
+        raise FinetuningError("the base is held in 4 bits, and a merge into them would round every weight again, or give "
+                              "noise after a first answer; `merge_trained_in_4bit` measures what to do instead")
     try:
         with quiet_libraries():
             return model.merge_and_unload(safe_merge=True)
