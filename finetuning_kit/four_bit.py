@@ -18,11 +18,11 @@ __all__ = ['DEQUANTISED', 'FULL_PRECISION', 'UNMERGED', 'IN_4_BITS', 'FOUR_BIT_W
            'report_markdown', 'check_holdable', 'ways_for', 'measure_way', 'compare_ways', 'plot_ways', 'choose_way',
            'merge_trained_in_4bit']
 
-# %% ../nbs/088g_four_bit.ipynb #af7f3244
+# %% ../nbs/088g_four_bit.ipynb #39db13d4
 from .bases import attach_adapter, base_folder, check_base, read_adapter, stored_precision
 from .budget import gib
 from .evaluation import ScoreChange, compare, evaluate
-from .merging import fold_adapter, merge_lora_weights
+from .merging import fold_adapter, merge_lora_weights, write_out
 from .models import load_model, load_tokenizer, quiet_libraries, torch_dtype
 from .settings import FinetuningError, markdown_table
 from .verification import MERGE_LIMITS, MergeCheck, proof_prompts, verify_merge
@@ -60,7 +60,7 @@ def trained_in_4bit(
     torch_dtype(precision)  # refuses a precision that does not exist
     return held, precision
 
-# %% ../nbs/088g_four_bit.ipynb #e243cf5f
+# %% ../nbs/088g_four_bit.ipynb #1c85fadc
 def open_way(
     way: str,  # one of `FOUR_BIT_WAYS`
     base_model_path: str | Path,  # the base
@@ -74,8 +74,7 @@ def open_way(
         raise FinetuningError(f"`way` must be one of {', '.join(FOUR_BIT_WAYS)}, got {way!r:.60}")
     base = load_model(str(base_model_path), load_in_4bit if way != FULL_PRECISION else False, precision, device)
     if way == DEQUANTISED:
-        with quiet_libraries():
-            base = base.dequantize(dtype=torch_dtype(precision))
+        base = write_out(base, precision)
     adapted = attach_adapter(base, lora_path)
     if way == UNMERGED:
         return adapted
@@ -273,7 +272,7 @@ def compare_ways(
     ways = [measure_way(way, trained, tokenizer, prompts, asked, limit, opened, answering) for way in names]
     return FourBitReport(tuple(ways), limit, n_base_bytes, len(records or []), (*notes, *absent))
 
-# %% ../nbs/088g_four_bit.ipynb #24819477
+# %% ../nbs/088g_four_bit.ipynb #34c0f791
 def plot_ways(
     report: FourBitReport,  # what was measured
     width: float = 7.6,  # inches
@@ -291,9 +290,10 @@ def plot_ways(
         told = f" KL {each.check.kl:.1e}, {gib(each.n_bytes)}" if each.check.kl else f" the same, {gib(each.n_bytes)}"
         axes.text(far, place, told + ", recommended" * (each.name == best), va="center", fontsize=8)
     axes.axvline(report.limit, color="#b23b3b", ls="--", lw=1)
+    axes.text(report.limit, len(ways) - 0.5, f" limit {report.limit:.1%}", color="#b23b3b", va="center", fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlim(floor, 400)
-    axes.set_ylim(-0.6, len(ways) - 0.4)
+    axes.set_xlim(floor, 200)
+    axes.set_ylim(-0.6, len(ways) - 0.2)
     axes.set_xticks([1e-6, 1e-4, 1e-2, 1], ["0.0001 %", "0.01 %", "1 %", "100 %"])
     axes.set_yticks(range(len(ways)), [each.name for each in ways])
     axes.tick_params(labelsize=8, length=0)
