@@ -14,8 +14,8 @@ import torch
 
 # %% auto #0
 __all__ = ['DEQUANTISED', 'FULL_PRECISION', 'UNMERGED', 'IN_4_BITS', 'FOUR_BIT_WAYS', 'WAYS_FILE', 'trained_in_4bit', 'open_way',
-           'weight_bytes', 'FourBitWay', 'FourBitReport', 'recommend_way', 'report_rows', 'report_dict', 'report_text',
-           'report_markdown', 'check_holdable', 'ways_for', 'measure_way', 'compare_ways', 'plot_ways', 'choose_way',
+           'weight_bytes', 'FourBitWay', 'FourBitReport', 'recommend_way', 'ways_rows', 'ways_dict', 'ways_text',
+           'ways_markdown', 'check_holdable', 'ways_for', 'measure_way', 'compare_ways', 'plot_ways', 'choose_way',
            'merge_trained_in_4bit']
 
 # %% ../nbs/088g_four_bit.ipynb #39db13d4
@@ -128,7 +128,7 @@ class FourBitReport:
         "A way by its name"
         return next(each for each in self.ways if each.name == name)
 
-# %% ../nbs/088g_four_bit.ipynb #32bc4ce2
+# %% ../nbs/088g_four_bit.ipynb #950a7161
 def recommend_way(
     report: FourBitReport,  # what was measured
 ) -> str:  # a sentence
@@ -145,7 +145,7 @@ def recommend_way(
             f"{report.limit:.1%} is allowed; {beside}, and whoever loads it must hold the base in these 4 bits")
 
 
-def report_rows(
+def ways_rows(
     report: FourBitReport,  # what was measured
 ) -> list[list[str]]:  # heading, then a line for each way
     "Put a report into a table's cells"
@@ -154,7 +154,7 @@ def report_rows(
              "on disk", "within the limit"], *(each.cells() for each in report.ways)]
 
 
-def report_dict(
+def ways_dict(
     report: FourBitReport,  # what was measured
 ) -> dict:  # plain values, ready for JSON
     "Write everything down that a report holds"
@@ -164,28 +164,28 @@ def report_dict(
             "n_base_bytes": report.n_base_bytes, "n_questions": report.n_questions, "notes": list(report.notes),
             "folder": None if report.folder is None else str(report.folder)}
 
-# %% ../nbs/088g_four_bit.ipynb #0284fabd
-def report_text(
+# %% ../nbs/088g_four_bit.ipynb #9c32e832
+def ways_text(
     report: FourBitReport,  # what was measured
 ) -> str:  # lines
     "Write a report for a screen of letters"
-    rows = report_rows(report)
+    rows = ways_rows(report)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, recommend_way(report), *report.notes])
 
 
-def report_markdown(
+def ways_markdown(
     report: FourBitReport,  # what was measured
 ) -> str:  # Markdown
     "Write a report for a notebook"
-    head, *rows = report_rows(report)
+    head, *rows = ways_rows(report)
     table = markdown_table(head, [[f"{name}, the best" * (name == report.best.name) or name, *rest]
                                   for name, *rest in rows])
     return "\n".join([table, "", *(f"- {line}" for line in (recommend_way(report), *report.notes))])
 
 
-FourBitReport.to_dict, FourBitReport.__str__, FourBitReport._repr_markdown_ = report_dict, report_text, report_markdown
+FourBitReport.to_dict, FourBitReport.__str__, FourBitReport._repr_markdown_ = ways_dict, ways_text, ways_markdown
 FourBitReport.recommendation = property(recommend_way)
 
 # %% ../nbs/088g_four_bit.ipynb #4973f07f

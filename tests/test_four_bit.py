@@ -26,7 +26,8 @@ def make_adapter(folder, base="pocket", std=0.4, load_in_4bit=True, precision="f
     "An adapter that no training made, and the record that training would have left"
     torch.manual_seed(0)
     with quiet_libraries():
-        model = get_peft_model(load_model(str(base)), LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM"))
+        lora = LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM")
+        model = get_peft_model(load_model(str(base)), lora)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=std) if std else None
