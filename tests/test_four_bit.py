@@ -122,8 +122,9 @@ def test_a_merge_is_written_whole_with_its_figures(adapter, prompts, tokenizer, 
 
 
 def test_past_the_limit_nothing_is_written_unless_forced(adapter, prompts, tmp_path):
-    merge = lambda name, **more: merge_trained_in_4bit("pocket", adapter, tmp_path / name, prompts[:2], max_new_tokens=2,
-                                                       **more)
+    def merge(name, **more):
+        return merge_trained_in_4bit("pocket", adapter, tmp_path / name, prompts[:2], max_new_tokens=2, **more)
+
     for more in ({"limit": 1e-9}, {"way": FULL_PRECISION}, {"limit": 1e-9, "force": True}):
         with pytest.raises(FinetuningError, match="nothing was merged"):
             merge("refused", **more)
