@@ -141,8 +141,8 @@ def recommend_way(
                 f"{report.limit:g} allowed); it takes {gib(best.n_bytes)}, {beside}")
     beyond = [f"the {each.name} by {each.check.relative_difference:.0%}" for each in report.ways
               if each.name in (DEQUANTISED, FULL_PRECISION)]
-    return (f"ship the adapter: every merge moves the model too far, {' and '.join(beyond)} of what training did, where "
-            f"{report.limit:.1%} is allowed; {beside}, and whoever loads it must hold the base in these 4 bits")
+    return (f"ship the adapter: every merge moves the model too far, {' and '.join(beyond)} of what training did, "
+            f"where {report.limit:.1%} is allowed; {beside}, and whoever loads it must hold the base in these 4 bits")
 
 
 def ways_rows(
@@ -198,13 +198,13 @@ def check_holdable(
     from transformers.pytorch_utils import Conv1D
 
     if not any(getattr(each, "quant_state", None) is not None for each in model.parameters()):
-        raise FinetuningError(f"bitsandbytes holds no layer of {base_model_path} in 4 bits, so no adapter was trained on "
-                              "it in 4 bits; merge with `merge_lora_weights` and `load_in_4bit=False`")
+        raise FinetuningError(f"bitsandbytes holds no layer of {base_model_path} in 4 bits, so no adapter was trained "
+                              "on it in 4 bits; merge with `merge_lora_weights` and `load_in_4bit=False`")
     with torch.device("meta"), quiet_libraries():
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder(base_model_path)))
     if any(isinstance(each, Conv1D) for each in plain.modules()):
-        raise FinetuningError(f"{base_model_path} keeps its weights transposed (Conv1D, as GPT-2 does), and 4 bits turn "
-                              "them round: what is written out could not be loaded again; ship the adapter")
+        raise FinetuningError(f"{base_model_path} keeps its weights transposed (Conv1D, as GPT-2 does), and 4 bits "
+                              "turn them round: what is written out could not be loaded again; ship the adapter")
 
 
 def ways_for(
@@ -320,10 +320,10 @@ def choose_way(
         raise FinetuningError(f"`way` must be best, {' or '.join(merges)}, got {way!r:.60}{why.get(way, '')}")
     found = report.best if way == "best" else report[way]
     if found.name == UNMERGED or not (found.check.passed or force):
-        past = "" if way == "best" else (f"the {way} is {found.check.relative_difference:.1%} off, and {report.limit:.1%} "
-                                         "of what training did are allowed; ")
-        raise FinetuningError(f"nothing was merged: {past}{report.recommendation}. To merge all the same, name the `way` "
-                              "and pass `force=True`")
+        past = "" if way == "best" else (f"the {way} is {found.check.relative_difference:.1%} off, and "
+                                         f"{report.limit:.1%} of what training did are allowed; ")
+        raise FinetuningError(f"nothing was merged: {past}{report.recommendation}. To merge all the same, name the "
+                              "`way` and pass `force=True`")
     return found.name
 
 

@@ -20,8 +20,8 @@ def fold_adapter(
 ):  # the base, with the adapter added to its weights
     "Add an adapter to its base's weights, and refuse weights that are not numbers"
     if any(getattr(each, "quant_state", None) is not None for each in model.parameters()):
-        raise FinetuningError("the base is held in 4 bits, and a merge into them would round every weight again, or give "
-                              "noise after a first answer; `merge_trained_in_4bit` measures what to do instead")
+        raise FinetuningError("the base is held in 4 bits, and a merge into them would round every weight again, or "
+                              "give noise after a first answer; `merge_trained_in_4bit` measures what to do instead")
     try:
         with quiet_libraries():
             return model.merge_and_unload(safe_merge=True)
@@ -36,7 +36,7 @@ def write_out(
     "Write a base's 4-bit weights out as ordinary numbers"
     with quiet_libraries():
         model = model.dequantize(dtype=torch_dtype(precision))
-    kept = getattr(model, "_weight_conversions", None) or []  # of a base stored in 4 bits: transformers cannot undo them
+    kept = getattr(model, "_weight_conversions", None) or []  # of a base stored in 4 bits: cannot be undone
     model._weight_conversions = [each for each in kept if not any(
         "bitsandbytes" in type(step).__module__ for step in getattr(each, "operations", []))] or None
     return model
