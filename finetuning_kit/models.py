@@ -340,7 +340,7 @@ def keep_gradients(
 # %% ../nbs/031_models.ipynb #16be146c
 def load_model(
     name: str,  # "pocket", a folder (an adapter's too), or a repository on the Hub
-    load_in_4bit: bool = False,  # True: store the linear layers' weights as NF4
+    load_in_4bit=False,  # True: store the linear layers' weights as NF4; a BitsAndBytesConfig: as it says
     precision: str = "fp32",  # numbers of the weights, and of the computation when in four bits
     device: str = "cpu",  # such as "cpu" or "cuda:0"
 ):  # a causal language model in evaluation mode; an adapter folder gives its base with the adapter on top
@@ -358,7 +358,7 @@ def load_model(
     if load_in_4bit:
         if not has_bitsandbytes():
             raise FinetuningError("`load_in_4bit` needs bitsandbytes; run `pip install finetuning_kit[qlora]`")
-        options["quantization_config"] = four_bit_config(precision)
+        options["quantization_config"] = four_bit_config(precision) if load_in_4bit is True else load_in_4bit
     if load_in_4bit or device != "cpu" and not shards_weights():  # weights to be spread are handed out from the CPU
         options["device_map"] = {"": device}
     model, info = _load_part(AutoModelForCausalLM, place, name, **options)
