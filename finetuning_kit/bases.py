@@ -192,7 +192,7 @@ def check_adapter(
     stored = set(read_header(Path(lora_path) / "adapter_model.safetensors"))
     with quiet_libraries():
         wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    stored -= {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted  # embeddings that grew
+    stored -= {name.replace(".default", "") for name in model.state_dict()} - wanted  # embeddings that grew
     if stored != wanted:
         raise FinetuningError(
             f"the adapter in {lora_path} does not fit this base: {len(wanted - stored)} of its places get no weight, "

@@ -34,12 +34,11 @@ def placeholder(
 
     return torch.nn.Parameter(torch.zeros(1, dtype=dtype).expand(shape), requires_grad=False)
 
-# %% ../nbs/088a_hollow.ipynb #8c11abe3
+# %% ../nbs/088a_hollow.ipynb #6bb2c9bf
 def hollow_model(
     folder: str | Path,  # a model's folder
-    dtype=None,  # torch data type of the weights; None: as config.json says
     n_tokens: int | None = None,  # rows of the embeddings; None: as config.json says
-):  # a causal language model of placeholders
+):  # a causal language model of placeholders, in 32 bits: PEFT rounds an adapter to the type of its base
     "Build a model without its weights"
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -52,7 +51,7 @@ def hollow_model(
         if n_tokens:
             config.get_text_config().vocab_size = n_tokens
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     held = {}  # a tied weight stays one
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -258,14 +257,14 @@ class MergePlan:
         "Bytes of all tensors"
         return sum(piece.n_bytes for piece in self.pieces)
 
-# %% ../nbs/088a_hollow.ipynb #4a86f119
+# %% ../nbs/088a_hollow.ipynb #ace6c81a
 def grown_model(
     folder: Path,  # the base
     dtype,  # torch data type of the merged weights; None: as stored
     brought: dict[str, StoredTensor],  # weights that come with the adapter
 ) -> tuple:  # the base without weights, its embeddings as long as the adapter's; what changes in config.json
     "Build the model that an adapter was trained on, tokens added to its base included"
-    model, settings = hollow_model(folder, dtype), {}
+    model, settings = hollow_model(folder), {}
     kept = (model._keep_in_fp32_modules_strict or set()) | (model._keep_in_fp32_modules or set())
     if dtype is not None:
         settings["dtype"] = str(dtype).removeprefix("torch.")
@@ -275,7 +274,7 @@ def grown_model(
     names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is table]
     n_tokens = next((brought[name].shape[0] for name in names if name in brought), len(table))
     if n_tokens != len(table):
-        model, settings["vocab_size"] = hollow_model(folder, dtype, n_tokens), n_tokens
+        model, settings["vocab_size"] = hollow_model(folder, n_tokens), n_tokens
     return model, settings
 
 # %% ../nbs/088a_hollow.ipynb #88116af5

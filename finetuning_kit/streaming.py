@@ -160,7 +160,7 @@ def write_piece(
             check_finite(rows if piece.kind == "F16" else total, piece.name)  # fp16 ends at 65,504
         write_all(out, as_bytes(rows))
 
-# %% ../nbs/088b_streaming.ipynb #f288b0bc
+# %% ../nbs/088b_streaming.ipynb #f588b244
 def restart(
     layer,  # a LoRA layer of PEFT, with its trained weights
     start: str,  # such as "pissa"
@@ -178,7 +178,7 @@ def merge_layer(
     weights: dict,  # "weight", "bias" and the like -> what the base holds
     start: str | None = None,  # the adapter's start, where it changes the base
 ) -> dict:  # the same names -> merged
-    "Let PEFT merge one layer"
+    "Let PEFT merge one layer in 32 bits"
     import torch
 
     layer = getattr(layer, "token_adapter", layer)
@@ -187,6 +187,8 @@ def merge_layer(
         setattr(base, name, torch.nn.Parameter(weight, requires_grad=False))
     if start and hasattr(layer, "lora_A"):
         restart(layer, start)
+    for name in weights:  # rounded once, when it is written
+        getattr(base, name).data = getattr(base, name).data.float()
     with quiet_libraries():
         layer.merge(safe_merge=True)
     merged = {name: getattr(layer.get_base_layer(), name).detach().contiguous() for name in weights}
@@ -194,7 +196,7 @@ def merge_layer(
         setattr(base, name, placeholder(weight.shape, weight.dtype))
     return merged
 
-# %% ../nbs/088b_streaming.ipynb #813f0c9c
+# %% ../nbs/088b_streaming.ipynb #4bdde8ff
 class PieceWriter:
     "Writes the tensors of a merged model, one after the other"
 
@@ -220,8 +222,8 @@ class PieceWriter:
             raise FinetuningError(f"the adapter cannot be merged: {layer}: {str(problem).strip().rstrip('.')}; "
                                   "train it again, or use it as an adapter") from problem
         for name, piece in pieces.items():
-            check_finite(merged[name], piece.name)
             self.held[piece.name] = merged[name].to(piece.dtype)
+            check_finite(self.held[piece.name], piece.name)
 
     def write(self, piece: Piece, out) -> None:
         "Write one tensor"

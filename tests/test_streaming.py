@@ -125,7 +125,7 @@ def test_sixteen_bits_are_within_one_rounding(tmp_path, name, precision):
     for key in by_peft:
         assert merged[key].dtype == dtype
         step = torch.finfo(dtype).eps * exact[key].abs().clamp(min=torch.finfo(dtype).tiny)
-        assert ((merged[key].float() - exact[key]).abs() <= step * (0.51 if name != "gpt2" else 1.01)).all(), key
+        assert ((merged[key].float() - exact[key]).abs() <= 0.51 * step).all(), key
         off, theirs = (merged[key].float() - exact[key]).norm(), (by_peft[key].float() - exact[key]).norm()
         assert off <= theirs * 1.001
 
@@ -264,6 +264,7 @@ def test_zero_adapter_gives_the_base_byte_for_byte(tmp_path, dtype):
 
 def test_wrong_bases_are_refused(llama, tmp_path):
     base, adapter = llama
+    make_adapter(adapter, base, LoraConfig(r=4, target_modules=QV))
     record_base(adapter, base)
     record = json.loads((adapter / "base.json").read_text())
     check_base(record, base)
@@ -338,7 +339,7 @@ def test_what_is_no_number_is_refused_by_name(llama, tmp_path, use_dora):
 
 def test_overflow_in_fp16_is_refused(tmp_path):
     base = make_base(tmp_path / "base", dtype=torch.float16)
-    make_adapter(tmp_path / "adapter", base, LoraConfig(r=4, lora_alpha=4e6, target_modules=["up_proj"]))
+    make_adapter(tmp_path / "adapter", base, LoraConfig(r=4, lora_alpha=4e9, target_modules=["up_proj"]))
     with pytest.raises(FinetuningError, match="infinite numbers in model.layers.0.mlp.up_proj"):
         stream_merge(base, tmp_path / "adapter", tmp_path / "merged")
 
