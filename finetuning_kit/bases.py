@@ -117,7 +117,8 @@ def read_header(
     return found
 
 # %% ../nbs/088_bases.ipynb #f5dc3f54
-def read_stored(folder: str | Path,  # a model's folder
+def read_stored(
+    folder: str | Path,  # a model's folder
 ) -> dict[str, StoredTensor]:  # name -> place, file by file
     "Read where all tensors of a model lie, and refuse shards that do not belong together"
     folder, found = Path(folder), {}

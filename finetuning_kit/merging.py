@@ -10,9 +10,11 @@ import os
 from pathlib import Path
 
 from .bases import attach_adapter, check_base, read_adapter, stored_precision
+from .hollow import CannotStream
 from .models import load_model, load_tokenizer, quiet_libraries, stop_token_ids, torch_dtype
 from .runs import staged
 from .settings import FinetuningError
+from .streaming import stream_merge
 
 # %% ../nbs/088d_merging.ipynb #ddfe9cbe
 def fold_adapter(
@@ -46,15 +48,22 @@ def write_merged(
     output_path: str | Path,  # the merged model's folder; must not exist
     precision: str,  # "fp32", "bf16" or "fp16", of the sum
     in_4bit: bool,  # whether the base was held in 4 bits while training
-) -> None:  # fills the folder, whole or not at all
-    "Load a base, fold an adapter into it, and save the model"
+    on_progress=None,  # called as on_progress(bytes written, bytes in all, tensor's name), where tensors are streamed
+) -> str:  # why PEFT had to merge in memory; empty: the tensors were streamed
+    "Fold an adapter into a base and save the model, whole or not at all: tensor by tensor where that can be"
+    own = (Path(lora_path) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(lora_path if own else base_model_path))
+    try:
+        stream_merge(base_model_path, lora_path, output_path, precision, in_4bit, tokenizer, on_progress)
+        return ""
+    except CannotStream as problem:
+        reason = str(problem)
     base = load_model(str(base_model_path), load_in_4bit=in_4bit, precision=precision)
     if in_4bit:
         with quiet_libraries():
             base = base.dequantize(dtype=torch_dtype(precision))
-    own = (Path(lora_path) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(lora_path if own else base_model_path))
     save_whole(fold_adapter(attach_adapter(base, lora_path)), tokenizer, output_path)
+    return reason
 
 
 def merge_lora_weights(
