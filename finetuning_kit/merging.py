@@ -21,10 +21,12 @@ from pathlib import Path
 from .bases import (
     attach_adapter, base_folder, check_base, fingerprint_base, read_adapter, stored_precision, weight_files)
 from .collecting import HeldFile
+from .hollow import CannotStream
 from .metrics import package_version
 from .models import load_model, load_tokenizer, quiet_libraries, stop_token_ids, torch_dtype
 from .runs import RunFiles, RunLog, file_hash, staged, sync_folder
 from .settings import FinetuningError
+from .streaming import stream_merge
 from .verification import (
     WEIGHT_BYTES, MergeCheck, compare_logits, proof_prompts, proof_room, verify_merge)
 
@@ -176,14 +178,18 @@ def write_merged(
     output_path: str | Path,  # the merged model's folder; must not exist
     precision: str,  # "fp32", "bf16" or "fp16", of the sum
     in_4bit: bool,  # whether the base was held in 4 bits while training
-) -> None:  # fills the folder, whole or not at all
-    "Load a base, fold an adapter into it, and save the model"
-    base = load_model(str(base_model_path), load_in_4bit=in_4bit, precision=precision)
-    if in_4bit:
-        base = write_out(base, precision)
+    on_progress=None,  # called as on_progress(bytes written, bytes in all, tensor's name), where tensors are streamed
+) -> str:  # why PEFT had to merge in memory; empty: the tensors were streamed
+    "Fold an adapter into a base and save the model, whole or not at all: tensor by tensor where that can be"
     own = (Path(lora_path) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(lora_path if own else base_model_path))
-    save_whole(fold_adapter(attach_adapter(base, lora_path)), tokenizer, output_path)
+    try:
+        stream_merge(base_model_path, lora_path, output_path, precision, in_4bit, tokenizer, on_progress)
+        return ""
+    except CannotStream as problem:
+        reason = str(problem)
+    save_whole(merge_in_memory(base_model_path, lora_path, precision, in_4bit), tokenizer, output_path)
+    return reason
 
 # %% ../nbs/088d_merging.ipynb #769e9b6b
 def choose_proof(
@@ -339,13 +345,6 @@ def refuse_difference(
     job.notes.append(f"the merged model {words}; it was kept because the difference was allowed")
 
 # %% ../nbs/088d_merging.ipynb #aa2eeed0
-def _hear_progress(tell):
-    from inspect import signature
-
-    hear = lambda done, total, name: tell({"type": "tensors", "done": done, "total": total, "name": name})
-    return {"on_progress": hear} if "on_progress" in signature(write_merged).parameters else {}
-
-
 def merge_event_words(
     event: dict,  # what `merge_lora_weights` told
 ) -> tuple[str, str]:  # a title and a text; empty for what needs no words
@@ -380,12 +379,14 @@ def merge_lora_weights(
 ) -> Path:  # the merged model's folder, with tokenizer, template, generation settings, card and merge.json
     "Fold an adapter into freshly loaded base weights, prove that nothing moved, and save it whole or not at all"
     tell = on_event or (lambda event: None)
+    hear = lambda done, total, name: tell({"type": "tensors", "done": done, "total": total, "name": name})
     with damage_told(base_model_path, lora_path):
         job = prepare_merge(base_model_path, lora_path, output_path, precision, load_in_4bit)
         asked = choose_proof(job, prompts, verify, trained)
         with unfinished(job.output) as stage:
             tell({"type": "write", "job": job})
-            write_merged(job.base, job.adapter, stage, job.precision, job.in_4bit, **_hear_progress(tell))
+            why = write_merged(job.base, job.adapter, stage, job.precision, job.in_4bit, hear)
+            job.notes += [f"merged in memory: {why}"] if why else []
             check = prove_merge(job, stage, asked, trained, tell) if asked else None
             if check is not None:
                 tell({"type": "check", "check": check})
