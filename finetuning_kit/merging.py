@@ -173,7 +173,7 @@ def write_merged(
     tokenizer = load_tokenizer(str(lora_path if own else base_model_path))
     save_whole(fold_adapter(attach_adapter(base, lora_path)), tokenizer, output_path)
 
-# %% ../nbs/088d_merging.ipynb #769e9b6b
+# %% ../nbs/088d_merging.ipynb #7b94da32
 def choose_proof(
     job: MergeJob,  # a merge; what a reader should know is added to its notes
     prompts: list | None = None,  # as in `merge_lora_weights`
@@ -181,15 +181,14 @@ def choose_proof(
     trained=None,  # the adapter model, where it is in memory already
 ) -> tuple | None:  # tokenizer, and token ids of each prompt; None: nothing will be verified
     "Choose what will be asked, or say why nothing is"
-    from transformers import AutoConfig
-
     missing = proof_room(job.base, job.precision, trained) if verify else "not verified, as was asked for"
     if missing:
         job.notes.append(missing)
         return None
     own = (job.adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(job.adapter) if own else job.base)
-    asked, notes = proof_prompts(tokenizer, AutoConfig.from_pretrained(base_folder(job.base)), job.adapter, prompts)
+    settings = json.loads((base_folder(job.base) / "config.json").read_text(encoding="utf-8"))
+    asked, notes = proof_prompts(tokenizer, settings, job.adapter, prompts)
     job.notes += notes
     return tokenizer, asked
 

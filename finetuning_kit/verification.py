@@ -180,9 +180,8 @@ def kept_questions(
             return [Conversation(list(each.messages)) for each in kept], formatter_of(load_config(place / "config.yaml"))
     return [], None
 
-# %% ../nbs/088c_verification.ipynb #fd7c483d
-def _fit_prompt(ids, place, config, room):
-    size = config.vocab_size
+# %% ../nbs/088c_verification.ipynb #3647bb59
+def _fit_prompt(ids, place, size, room):
     if not ids or not all(isinstance(each, int) and 0 <= each < size for each in ids):
         raise FinetuningError(f"`prompts[{place}]` must be text or token ids from 0 to {size - 1}, got {ids!r:.60}")
     return ids[-room:]
@@ -190,7 +189,7 @@ def _fit_prompt(ids, place, config, room):
 
 def proof_prompts(
     tokenizer,  # of the adapter or its base
-    model_config,  # the base's `config`: vocabulary and context
+    config,  # the base's: its `config`, or what stands in its config.json
     lora_path: str | Path,  # the adapter's folder
     prompts: list | None = None,  # questions as text, records, or token ids; None: those of its run, else general ones
     max_new_tokens: int = 32,  # tokens that an answer may have
@@ -199,11 +198,13 @@ def proof_prompts(
     if isinstance(prompts, str) or prompts is not None and not prompts:
         raise FinetuningError(f"`prompts` must be a list of questions, got {prompts!r:.60}; leave it out to take the "
                               "questions of the adapter's run, or general ones")
-    config, (questions, formatter) = model_config.get_text_config(), kept_questions(lora_path)
+    settings, (questions, formatter) = getattr(config, "to_dict", lambda: config)(), kept_questions(lora_path)
+    settings = settings.get("text_config", settings)
     notes = [] if questions or prompts else ["verified on general prompts: no questions lie beside the adapter"]
     if formatter is None and not tokenizer.chat_template:
         formatter = CompletionFormatter()
-    context = getattr(config, "max_position_embeddings", None) or PROOF_TOKENS
+    size = settings.get("vocab_size") or len(tokenizer)
+    context = settings.get("max_position_embeddings") or settings.get("n_positions") or PROOF_TOKENS
     room, encoded = max(1, min(PROOF_TOKENS, context - max_new_tokens)), []
     for given in list(prompts or questions or GENERAL_PROMPTS):
         as_ids = isinstance(given, (list, tuple))
@@ -211,7 +212,7 @@ def proof_prompts(
     n_long = sum(len(ids) > room for ids in encoded)
     if n_long:
         notes.append(f"{n_long} prompts are longer than {room} tokens and were compared from their end")
-    return [_fit_prompt(ids, place, config, room) for place, ids in enumerate(encoded)], notes
+    return [_fit_prompt(ids, place, size, room) for place, ids in enumerate(encoded)], notes
 
 # %% ../nbs/088c_verification.ipynb #5a67eaca
 def verify_merge(
