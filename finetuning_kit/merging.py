@@ -115,7 +115,7 @@ def unfinished(
             shutil.rmtree(work, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
-# %% ../nbs/088d_merging.ipynb #cdb178a6
+# %% ../nbs/088d_merging.ipynb #78519217
 @dataclass
 class MergeJob:
     "A merge that may be done: every question is answered, and nothing is written yet"
@@ -148,7 +148,7 @@ def prepare_merge(
     stored = stored_precision(base_model_path)
     precision = record.get("precision", stored) if precision == "auto" else precision
     torch_dtype(precision)  # refuses a precision that does not exist
-    n_bytes = sum(file.stat().st_size for file in weight_files(folder)) * WEIGHT_BYTES[precision] // WEIGHT_BYTES[stored]
+    n_bytes = sum(file.stat().st_size for file in weight_files(folder)) / WEIGHT_BYTES[stored] * WEIGHT_BYTES[precision]
     check_output(output, [folder, Path(lora_path)], int(1.1 * n_bytes))
     check_base(record, base_model_path)
     in_4bit = record.get("load_in_4bit", False) if load_in_4bit is None else load_in_4bit
@@ -212,7 +212,7 @@ def prove_merge(
     tell({"type": "proof", "of": "disk"})
     return replace(verify_merge(trained, folder, tokenizer, prompts), before=before)
 
-# %% ../nbs/088d_merging.ipynb #4bd47b6a
+# %% ../nbs/088d_merging.ipynb #04a12514
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -246,12 +246,12 @@ def merge_section(
     notes: list[str] = (),  # what a reader should know
 ) -> str:  # Markdown with a heading
     "Write the part of a card that says how a merge was proved"
-    title = "not verified" if check is None else "verified" if check.passed else "different from what was trained"
-    parts = [f"## Merged and {title}" if check else "## Merged, not verified",
-             check._repr_markdown_() if check else "", "\n".join(f"- {note}" for note in notes)]
+    title = "Merged, not verified" if check is None else "Merged and verified" if check.passed else \
+        "Merged, and different from what was trained"
+    parts = [f"## {title}", check._repr_markdown_() if check else "", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(part for part in parts if part)
 
-# %% ../nbs/088d_merging.ipynb #a9710099
+# %% ../nbs/088d_merging.ipynb #50fca0ce
 MERGE_RECORD = "merge.json"
 
 
@@ -262,8 +262,9 @@ def describe_merge(
     "Say what a merged model was made of, how, with which versions, and what was measured"
     config = json.loads((job.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     names = ("weights_sha256", "vocab_size", "tie_word_embeddings")
-    known = {name: job.record[name] for name in names if name in job.record}
-    return {"base": public_name(job.base), "base_fingerprint": known or fingerprint_base(job.base),
+    known = all(name in job.record for name in names)  # and compared with the base
+    return {"base": public_name(job.base),
+            "base_fingerprint": {name: job.record[name] for name in names} if known else fingerprint_base(job.base),
             "adapter_sha256": file_hash(job.adapter / "adapter_model.safetensors"),
             "adapter_type": config.get("peft_type"), "precision": job.precision, "way": job.way,
             "check": check and check.to_dict(), "notes": job.notes,
@@ -291,9 +292,10 @@ def load_check(
 ) -> MergeCheck | None:  # None: the merge was not verified
     "Read how far a merged model is from its adapter model"
     figures = RunLog(folder).load_json(MERGE_RECORD).get("check") or {}
-    return MergeCheck(**{name: value for name, value in figures.items() if name != "passed"}) if figures else None
+    known = {name: value for name, value in figures.items() if name in MergeCheck.__dataclass_fields__}
+    return MergeCheck(**known) if known else None
 
-# %% ../nbs/088d_merging.ipynb #9b531299
+# %% ../nbs/088d_merging.ipynb #73df715f
 @contextmanager
 def damage_told(
     *sources: str | Path,  # folders that are read
@@ -320,7 +322,8 @@ def refuse_difference(
     words = (f"differs from the trained one by {off:.1e} of what the adapter does ({check.limit:.0e} is allowed), "
              f"{check.n_same_answers} of {check.n_prompts} answers are the same")
     if not allow_difference:
-        way = "merge into the dequantised base" if job.way == "original" else "merge in fp32: `precision`"
+        way = ("merge into the dequantised base" if job.way == "original" else "merge in fp32: `precision`"
+               if job.precision != "fp32" else "look whether this is the adapter that was trained")
         raise FinetuningError(f"the merged model {words}; nothing was kept; {way}, ship the adapter instead, or keep "
                               "the model all the same: `allow_difference`")
     job.notes.append(f"the merged model {words}; it was kept because the difference was allowed")

@@ -126,14 +126,15 @@ class MergeCheck:
         "Every figure as a plain value, ready for JSON"
         return {**asdict(self), "passed": self.passed}
 
-# %% ../nbs/088c_verification.ipynb #bd30783e
+# %% ../nbs/088c_verification.ipynb #47d22470
 def figure_rows(
     check: MergeCheck,  # what was measured
 ) -> list[list[str]]:  # what and its value, as text
     "Put a check into words"
     tell = lambda found: (f"{found['relative_difference']:.1e}, KL {found['kl']:.1e}, "
                           f"same first choice {found['top1_agreement']:.2%}")
-    parts = {"the same at the ends of the vocabulary": check.extreme, "the same in memory, before writing": check.before}
+    parts = {"the same at the ends of the vocabulary": check.extreme,
+             "the same in memory, before writing": check.before}
     return [["prompts, positions", f"{check.n_prompts}, {check.n_positions}"],
             ["largest difference of a logit", f"{check.max_logit_difference:.1e}"],
             ["difference relative to the adapter's effect", f"{check.relative_difference:.1e}"],
@@ -149,7 +150,7 @@ MergeCheck.rows = figure_rows
 MergeCheck.__str__ = lambda self: "\n".join(f"{name}: {value}" for name, value in self.rows())
 MergeCheck._repr_markdown_ = lambda self: markdown_table(["merged against adapter", ""], self.rows())
 
-# %% ../nbs/088c_verification.ipynb #03fe8aa3
+# %% ../nbs/088c_verification.ipynb #87e6c9e9
 PROOF_PROMPTS, PROOF_TOKENS = 32, 512  # questions taken from a run, and tokens of a prompt, at most
 GENERAL_PROMPTS = (
     "What is the capital of France?", "Write a short poem about the sea.", "Explain why the sky is blue.",
@@ -177,7 +178,8 @@ def kept_questions(
     for place in list(folder.parents)[:2]:
         if (place / "answers.jsonl").is_file() and (place / "config.yaml").is_file():
             kept = load_answers(place / "answers.jsonl")[:PROOF_PROMPTS]
-            return [Conversation(list(each.messages)) for each in kept], formatter_of(load_config(place / "config.yaml"))
+            questions = [Conversation(list(each.messages)) for each in kept]
+            return questions, formatter_of(load_config(place / "config.yaml"))
     return [], None
 
 # %% ../nbs/088c_verification.ipynb #3647bb59
