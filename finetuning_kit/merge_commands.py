@@ -178,7 +178,7 @@ def do_merge(
                                   prompts=prompts, verify=not options["no_verify"],
                                   allow_difference=options["allow_difference"], on_event=hear)
 
-# %% ../nbs/102b_merge_commands.ipynb #8227aafe
+# %% ../nbs/102b_merge_commands.ipynb #afc70859
 def merge_code(
     options: dict,  # what the command line gave
     check,  # a `MergeCheck`; None: nothing was measured
@@ -206,8 +206,8 @@ def run_merge(
     except FinetuningError as error:
         if screen.check is None:
             raise
-        words = str(error).replace("`allow_difference`", "--allow-difference").replace("`precision`", "--precision fp32")
-        print(f"finetuning-kit: {words}", file=sys.stderr)
+        words = str(error).replace("`allow_difference`", "--allow-difference")
+        print(f"finetuning-kit: {words.replace('`precision`', '--precision fp32')}", file=sys.stderr)
     finally:
         screen.end()
     if options["json"]:

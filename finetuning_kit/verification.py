@@ -126,14 +126,15 @@ class MergeCheck:
         "Every figure as a plain value, ready for JSON"
         return {**asdict(self), "passed": self.passed}
 
-# %% ../nbs/088c_verification.ipynb #bd30783e
+# %% ../nbs/088c_verification.ipynb #47d22470
 def figure_rows(
     check: MergeCheck,  # what was measured
 ) -> list[list[str]]:  # what and its value, as text
     "Put a check into words"
     tell = lambda found: (f"{found['relative_difference']:.1e}, KL {found['kl']:.1e}, "
                           f"same first choice {found['top1_agreement']:.2%}")
-    parts = {"the same at the ends of the vocabulary": check.extreme, "the same in memory, before writing": check.before}
+    parts = {"the same at the ends of the vocabulary": check.extreme,
+             "the same in memory, before writing": check.before}
     return [["prompts, positions", f"{check.n_prompts}, {check.n_positions}"],
             ["largest difference of a logit", f"{check.max_logit_difference:.1e}"],
             ["difference relative to the adapter's effect", f"{check.relative_difference:.1e}"],
@@ -149,7 +150,7 @@ MergeCheck.rows = figure_rows
 MergeCheck.__str__ = lambda self: "\n".join(f"{name}: {value}" for name, value in self.rows())
 MergeCheck._repr_markdown_ = lambda self: markdown_table(["merged against adapter", ""], self.rows())
 
-# %% ../nbs/088c_verification.ipynb #03fe8aa3
+# %% ../nbs/088c_verification.ipynb #87e6c9e9
 PROOF_PROMPTS, PROOF_TOKENS = 32, 512  # questions taken from a run, and tokens of a prompt, at most
 GENERAL_PROMPTS = (
     "What is the capital of France?", "Write a short poem about the sea.", "Explain why the sky is blue.",
@@ -177,12 +178,12 @@ def kept_questions(
     for place in list(folder.parents)[:2]:
         if (place / "answers.jsonl").is_file() and (place / "config.yaml").is_file():
             kept = load_answers(place / "answers.jsonl")[:PROOF_PROMPTS]
-            return [Conversation(list(each.messages)) for each in kept], formatter_of(load_config(place / "config.yaml"))
+            questions = [Conversation(list(each.messages)) for each in kept]
+            return questions, formatter_of(load_config(place / "config.yaml"))
     return [], None
 
-# %% ../nbs/088c_verification.ipynb #fd7c483d
-def _fit_prompt(ids, place, config, room):
-    size = config.vocab_size
+# %% ../nbs/088c_verification.ipynb #3647bb59
+def _fit_prompt(ids, place, size, room):
     if not ids or not all(isinstance(each, int) and 0 <= each < size for each in ids):
         raise FinetuningError(f"`prompts[{place}]` must be text or token ids from 0 to {size - 1}, got {ids!r:.60}")
     return ids[-room:]
@@ -190,7 +191,7 @@ def _fit_prompt(ids, place, config, room):
 
 def proof_prompts(
     tokenizer,  # of the adapter or its base
-    model_config,  # the base's `config`: vocabulary and context
+    config,  # the base's: its `config`, or what stands in its config.json
     lora_path: str | Path,  # the adapter's folder
     prompts: list | None = None,  # questions as text, records, or token ids; None: those of its run, else general ones
     max_new_tokens: int = 32,  # tokens that an answer may have
@@ -199,11 +200,13 @@ def proof_prompts(
     if isinstance(prompts, str) or prompts is not None and not prompts:
         raise FinetuningError(f"`prompts` must be a list of questions, got {prompts!r:.60}; leave it out to take the "
                               "questions of the adapter's run, or general ones")
-    config, (questions, formatter) = model_config.get_text_config(), kept_questions(lora_path)
+    settings, (questions, formatter) = getattr(config, "to_dict", lambda: config)(), kept_questions(lora_path)
+    settings = settings.get("text_config", settings)
     notes = [] if questions or prompts else ["verified on general prompts: no questions lie beside the adapter"]
     if formatter is None and not tokenizer.chat_template:
         formatter = CompletionFormatter()
-    context = getattr(config, "max_position_embeddings", None) or PROOF_TOKENS
+    size = settings.get("vocab_size") or len(tokenizer)
+    context = settings.get("max_position_embeddings") or settings.get("n_positions") or PROOF_TOKENS
     room, encoded = max(1, min(PROOF_TOKENS, context - max_new_tokens)), []
     for given in list(prompts or questions or GENERAL_PROMPTS):
         as_ids = isinstance(given, (list, tuple))
@@ -211,7 +214,7 @@ def proof_prompts(
     n_long = sum(len(ids) > room for ids in encoded)
     if n_long:
         notes.append(f"{n_long} prompts are longer than {room} tokens and were compared from their end")
-    return [_fit_prompt(ids, place, config, room) for place, ids in enumerate(encoded)], notes
+    return [_fit_prompt(ids, place, size, room) for place, ids in enumerate(encoded)], notes
 
 # %% ../nbs/088c_verification.ipynb #5a67eaca
 def verify_merge(

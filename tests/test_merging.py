@@ -128,7 +128,7 @@ def test_a_merge_proves_itself_and_says_so(sources, tmp_path):
     assert hashes(sources) == before and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     trained = attach_adapter(load_model(str(sources / "base")), sources / "adapter")
     again = verify_merge(trained, out, load_tokenizer(str(out)), proof_prompts(
-        load_tokenizer("pocket"), trained.config, tmp_path, ASK)[0])
+        load_tokenizer("pocket"), trained.config.to_dict(), tmp_path, ASK)[0])
     assert replace(again, before=check.before) == check
 
 
@@ -221,8 +221,7 @@ def test_an_interrupted_merge_leaves_nothing(sources, tmp_path):
 
 
 def test_prompts_of_every_kind(sources, tmp_path):
-    config, tokenizer = load_model("pocket").config, load_tokenizer("pocket")
-    config.max_position_embeddings = 40
+    config, tokenizer = load_model("pocket").config.to_dict() | {"max_position_embeddings": 40}, load_tokenizer("pocket")
     found, notes = proof_prompts(tokenizer, config, tmp_path, ["word " * 100, [1, 2, 3]], max_new_tokens=10)
     assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens" in notes[0]
     tokenizer.chat_template = None
@@ -239,7 +238,7 @@ def test_ends_of_the_vocabulary_are_looked_at(sources):
     sound, tokenizer = load_model(str(sources / "base")), load_tokenizer("pocket")
     with quiet_libraries():
         merged = attach_adapter(sound, sources / "adapter").merge_and_unload()
-    prompts = proof_prompts(tokenizer, merged.config, sources, ASK)[0]
+    prompts = proof_prompts(tokenizer, merged.config.to_dict(), sources, ASK)[0]
     assert verify_merge(trained, merged, tokenizer, prompts).passed
     untied = torch.nn.Embedding.from_pretrained(merged.get_input_embeddings().weight.detach().clone())
     untied.weight[-1] += 1  # an input row that no prompt contains
@@ -263,3 +262,40 @@ def test_tensors_are_told_as_they_are_written(sources, tmp_path):
         merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "out", verify=False, on_event=heard.append)
     assert heard[1] == {"type": "tensors", "done": 1, "total": 2, "name": "model.norm.weight"}
     assert merge_event_words(heard[1])[0] == "weights"
+
+
+def dies_at(point, give):
+    "Merge in a process that dies at the n-th call that brings something to the disk; its exit code, 9 when it did."
+    child, calls = os.fork(), [0]
+
+    def deadly(call):
+        def count(*given, **named):
+            calls[0] += 1
+            if calls[0] == point:
+                os._exit(9)
+            return call(*given, **named)
+        return count
+
+    if child == 0:
+        try:
+            for name in ("replace", "rename", "fsync", "unlink"):
+                setattr(os, name, deadly(getattr(os, name)))
+            merge_lora_weights(*give, verify=False)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_model_or_none(sources, tmp_path):
+    give, ended, point, n_absent = (sources / "base", sources / "adapter", tmp_path / "out"), 9, 0, 0
+    while ended == 9:
+        point += 1
+        ended = dies_at(point, give)
+        if not (tmp_path / "out").exists():
+            n_absent += 1
+            continue  # what was left behind is in nobody's way
+        assert (tmp_path / "out" / MERGE_RECORD).is_file() and load_model(str(tmp_path / "out")) is not None
+        shutil.rmtree(tmp_path / "out")
+    assert ended == 0 and n_absent >= 10 and point > n_absent + 1
+    assert not [path.name for path in tmp_path.iterdir()]
