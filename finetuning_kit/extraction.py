@@ -197,9 +197,8 @@ def changed_matrices(
     from torch.nn import Linear
 
     for name in places:
-        layer = name.removesuffix(".weight")
-        change = pair.change(name)[1]
-        if change.any():
+        if pair.differs(name):
+            layer, change = name.removesuffix(".weight"), pair.change(name)[1]
             yield layer, change if isinstance(pair.model.get_submodule(layer), Linear) else change.T
 
 # %% ../nbs/088e_extraction.ipynb #40e36b36
@@ -247,7 +246,6 @@ def draw_energy(
 ):  # a matplotlib Figure
     "Draw the share of a fine-tuning that each rank keeps, layer by layer and altogether"
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes, ranks = figure.subplots(), range(1, max(map(len, curve.found.values())) + 1)
@@ -258,7 +256,7 @@ def draw_energy(
         axes.plot(*zip(*sorted(scores.items())), color="#c62828", marker="o", label="score")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set(xlabel="rank kept of every layer", xlim=(1, ranks[-1]), ylim=(0, 1.03))
     axes.legend(loc="lower right", frameon=False)
     return figure

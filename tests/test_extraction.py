@@ -169,7 +169,8 @@ def test_damaged_models_are_refused_and_nothing_is_written(pocket, damage, words
 
 @pytest.mark.parametrize("given, words", [
     ({"rank": 0}, "`rank` must be a whole number, at least 1, got 0"), ({"rank": 2.5}, "`rank` must be"),
-    ({"rank": True}, "`rank` must be"), ({"rank": 193}, "`rank` 193 is more than `model.layers.0.self_attn.q_proj` has"),
+    ({"rank": True}, "`rank` must be"),
+    ({"rank": 193}, "`rank` 193 is more than `model.layers.0.self_attn.q_proj` has"),
     ({"energy": 1.5}, "`energy` must lie between 0 and 1"), ({"energy": 0}, "`energy` must lie"),
     ({"energy": "much"}, "`energy` must lie"), ({"rest": "maybe"}, "`rest` must be refuse, keep or drop")])
 def test_settings_that_mean_nothing(pocket, given, words):
