@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .extraction import bare_model, first_words, layer_names, save_adapter
+from .extraction import bare_model, layer_names, save_adapter
 from .merging import BASE_RECORD, check_base, read_adapter, record_base, stored_precision
 from .models import load_tokenizer, quiet_libraries
 from .runs import file_hash, staged
@@ -101,7 +101,7 @@ def read_lora(
     try:
         weights = load_file(Path(lora_path) / "adapter_model.safetensors")
     except (SafetensorError, OSError) as problem:
-        raise FinetuningError(f"the weights in {lora_path} are no whole safetensors file ({first_words(problem)}); "
+        raise FinetuningError(f"the weights in {lora_path} are no whole safetensors file ({problem!s:.120}); "
                               "copy the adapter again") from problem
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise FinetuningError(f"{lora_path} holds values that are no numbers; train that adapter again")
@@ -208,7 +208,7 @@ def add_adapters(
             model.add_weighted_adapter(names, weights, "mixed", combination, svd_rank=rank, svd_full_matrices=False,
                                        density=density)
     except ValueError as problem:
-        raise FinetuningError(f"PEFT cannot mix these adapters: {first_words(problem)}") from problem
+        raise FinetuningError(f"PEFT cannot mix these adapters: {problem!s:.120}") from problem
     found = get_peft_model_state_dict(model, adapter_name="mixed", save_embedding_layers=False)
     if not all(weight.isfinite().all() for weight in found.values()):
         raise FinetuningError("the mix holds values that are no numbers; choose smaller weights")

@@ -1,6 +1,5 @@
 """An adapter taken out of two models: it does what the fine-tuned model does, or it is refused in a sentence."""
 import json
-import shutil
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)),
     "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
     "qwen2, with biases": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)),
-    "gpt2, transposed": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64, n_positions=32,
-                                                         initializer_range=0.1, bos_token_id=0, eos_token_id=0))}
+    "gpt2, transposed": lambda: GPT2LMHeadModel(GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=64, n_positions=32, initializer_range=0.1, bos_token_id=0,
+        eos_token_id=0))}
 IDS = torch.arange(2, 22)[None]
 
 
@@ -98,8 +98,8 @@ def pocket(tmp_path):
     "A pocket model with an adapter of rank 8 merged in; nothing else changed."
     torch.manual_seed(0)
     with quiet_libraries():
-        model = get_peft_model(load_model("pocket"), LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "up_proj"],
-                                                                task_type="CAUSAL_LM"))
+        model = get_peft_model(load_model("pocket"), LoraConfig(
+            r=8, lora_alpha=16, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -169,7 +169,8 @@ def test_damaged_models_are_refused_and_nothing_is_written(pocket, damage, words
 
 @pytest.mark.parametrize("given, words", [
     ({"rank": 0}, "`rank` must be a whole number, at least 1, got 0"), ({"rank": 2.5}, "`rank` must be"),
-    ({"rank": True}, "`rank` must be"), ({"rank": 193}, "`rank` 193 is more than `model.layers.0.self_attn.q_proj` has"),
+    ({"rank": True}, "`rank` must be"),
+    ({"rank": 193}, "`rank` 193 is more than `model.layers.0.self_attn.q_proj` has"),
     ({"energy": 1.5}, "`energy` must lie between 0 and 1"), ({"energy": 0}, "`energy` must lie"),
     ({"energy": "much"}, "`energy` must lie"), ({"rest": "maybe"}, "`rest` must be refuse, keep or drop")])
 def test_settings_that_mean_nothing(pocket, given, words):
@@ -187,9 +188,10 @@ def test_a_folder_in_use_is_left_alone(pocket):
 
 
 def test_a_model_has_no_difference_from_itself(pocket):
-    for extract in (lambda: extract_adapter("pocket", "pocket", pocket / "out"), lambda: energy_against_rank("pocket", "pocket")):
-        with pytest.raises(FinetuningError, match="no linear layer"):
-            extract()
+    with pytest.raises(FinetuningError, match="no linear layer"):
+        extract_adapter("pocket", "pocket", pocket / "out")
+    with pytest.raises(FinetuningError, match="no linear layer"):
+        energy_against_rank("pocket", "pocket")
 
 
 def test_a_broken_write_leaves_nothing(pocket, monkeypatch):
@@ -220,8 +222,6 @@ def test_the_vocabulary_of_another_tokenizer(tmp_path):
         moved(base, only="q_proj")
         base.resize_token_embeddings(80, mean_resizing=False)
         base.save_pretrained(tmp_path / "tuned")
-    with pytest.raises(FinetuningError, match=r"is \[80, 32\] in .* and \[64, 32\] in .*resize the base's embeddings alike"):
-        extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
-    shutil.rmtree(tmp_path / "tuned")
-    with pytest.raises(FinetuningError):
+    words = r"is \[80, 32\] in .* and \[64, 32\] in .*resize the base's embeddings alike"
+    with pytest.raises(FinetuningError, match=words):
         extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")

@@ -62,12 +62,15 @@ def gpt2(folder):
     return folder
 
 
-ALIKE = {"plain": ({}, {}), "rsLoRA": ({"use_rslora": True}, {"use_rslora": True}), "one rsLoRA": ({"use_rslora": True}, {}),
-         "other ranks": ({"r": 2}, {"r": 5}), "other layers": ({"target_modules": ["q_proj"]}, {"target_modules": ["o_proj"]}),
-         "layer 0, layer 1": ({"layers_to_transform": [0]}, {"layers_to_transform": [1, 2]}),
-         "a pattern": ({"target_modules": r".*\.[01]\.self_attn\.q_proj"}, {}),
-         "ranks by layer": ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}}, {"rank_pattern": {"down_proj": 8}}),
-         "all but some": ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, {})}
+ALIKE = {
+    "plain": ({}, {}), "rsLoRA": ({"use_rslora": True}, {"use_rslora": True}), "one rsLoRA": ({"use_rslora": True}, {}),
+    "other ranks": ({"r": 2}, {"r": 5}),
+    "other layers": ({"target_modules": ["q_proj"]}, {"target_modules": ["o_proj"]}),
+    "layer 0, layer 1": ({"layers_to_transform": [0]}, {"layers_to_transform": [1, 2]}),
+    "a pattern": ({"target_modules": r".*\.[01]\.self_attn\.q_proj"}, {}),
+    "ranks by layer": ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}},
+                       {"rank_pattern": {"down_proj": 8}}),
+    "all but some": ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, {})}
 
 
 @pytest.mark.parametrize("kind", ALIKE)
@@ -86,11 +89,13 @@ def test_cat_and_a_wide_svd_are_the_weighted_sum(tmp_path, kind, weights):
 
 def test_gpt2(tmp_path):
     base = gpt2(tmp_path / "base")
-    adapters = {make(tmp_path / f"a{n}", n, base, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True): 1 for n in (1, 2)}
+    settings = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    adapters = {make(tmp_path / f"a{n}", n, base, **settings): 1 for n in (1, 2)}
     wanted = weighted_sum(adapters, base)
     for way, rank in (("cat", None), ("svd", 8)):
         found = changes(mix_adapters(base, adapters, tmp_path / way, way, rank=rank), base)
-        assert all(torch.allclose(found[name], wanted[name], atol=2e-6) for name in wanted) and found.keys() == wanted.keys()
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[name], wanted[name], atol=2e-6) for name in wanted)
 
 
 @pytest.mark.parametrize("way", COMBINATIONS)
@@ -173,7 +178,8 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(tmp_path, pair, kind):
 
 def test_adapters_that_a_mix_would_falsify(tmp_path, pair):
     odd = [({"use_dora": True}, "`use_dora`"), ({"modules_to_save": ["lm_head"]}, "`modules_to_save`"),
-           ({"init_lora_weights": "pissa"}, "`init_lora_weights`"), ({"init_lora_weights": "olora"}, "`init_lora_weights`"),
+           ({"init_lora_weights": "pissa"}, "`init_lora_weights`"),
+           ({"init_lora_weights": "olora"}, "`init_lora_weights`"),
            ({"bias": "all"}, "`bias`"), ({"config": LoHaConfig}, "`peft_type` LOHA")]
     for n, (settings, words) in enumerate(odd):
         folder = make(tmp_path / f"odd{n}", n, **settings)
@@ -223,9 +229,11 @@ def damage_shape(folder):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (damage_base, "is not the base that this adapter was trained on"), (damage_form, "was trained on the base in 4 bits"),
+    (damage_base, "is not the base that this adapter was trained on"),
+    (damage_form, "was trained on the base in 4 bits"),
     (damage_end, "are no whole safetensors file"), (damage_numbers, "values that are no numbers"),
-    (damage_places, "does not fit this base, 1 of its places"), (damage_shape, "does not fit this base, 1 of its places"),
+    (damage_places, "does not fit this base, 1 of its places"),
+    (damage_shape, "does not fit this base, 1 of its places"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "it has no adapter_model.safetensors"),
     (shutil.rmtree, "is no adapter: it has no adapter_config.json")])
 def test_damaged_adapters(tmp_path, pair, damage, words):
