@@ -10,6 +10,7 @@ import math
 import weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from unittest.mock import patch
 
 # %% auto #0
@@ -25,7 +26,7 @@ from .methods import VIRTUAL, base_precision, prepare_method
 from .models import ParameterCount, check_model_config, model_files
 from .models import quiet_libraries, resolve_model_name, torch_dtype
 from .settings import FinetuningError, markdown_table
-from .speed import cast_once
+from .speed import cast_once, label_scores
 from .targets import PARAMETER_MARKS
 
 # %% ../nbs/054_budget.ipynb #9d7baad3
@@ -239,17 +240,20 @@ class Passage(torch.autograd.Function):
 def watch_head(
     model,  # a language model of fake tensors, with or without adapter; its forward is replaced
     tally: Tally,  # is told when the head is reached
+    on_gpu: bool = True,  # False: as the kit scores labels on a CPU, where the head is not trained
 ) -> None:  # the model gives log-probabilities from now on
     "Let a model give the log-probability of every next token, as TRL computes it."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    tiled = chunked_logprob.ChunkedLogProbFunction.apply
+    scores = tiled if on_gpu else partial(label_scores, tiled)
 
     def forward(*args, labels=None, **kwargs):
         hidden = base.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
         hidden, head = Passage.apply(hidden, tally), base.get_output_embeddings()
         hidden = hidden.reshape(-1, hidden.shape[-1]).clone()
         targets = torch.zeros(len(hidden), dtype=torch.long)
-        return chunked_logprob.ChunkedLogProbFunction.apply(
+        return scores(
             hidden, head.weight, getattr(head, "bias", None), targets, 1.0, 32_768, softcap, 1.0,
             ("log_probs", "entropy", "is_top1"))[0]
 
@@ -342,6 +346,7 @@ def ready_to_trace(
     config: FineTuningConfig,  # settings
     planned,  # as `planned_model` built it; changed in place
     train: bool,  # False: an evaluation
+    on_gpu: bool = True,  # False: with a CPU's output head
 ):  # the model with fake tensors, and the tally that watches it
     "Set up a model as a trainer would, inside a `FakeTensorMode`."
     several = config.training.packing or config.training.gradient_accumulation_steps > 1
@@ -354,7 +359,7 @@ def ready_to_trace(
     for parameter in trained if several and train else ():  # of the passes before
         parameter.grad = torch.empty_like(parameter)
     tally = Tally(model)
-    watch_head(model, tally)
+    watch_head(model, tally, on_gpu)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tally.claim)
     return model, tally
@@ -377,7 +382,7 @@ def trace_pass(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu_kernels(on_gpu))
         stack.enter_context(patch(EXPERTS, lambda x, weight, *more: weight.dtype == torch.bfloat16, create=True))
-        model, tally = ready_to_trace(config, planned, train)
+        model, tally = ready_to_trace(config, planned, train, on_gpu)
         stack.enter_context(cast_once(model, half))
         stack.enter_context(tally)
         with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(train):
