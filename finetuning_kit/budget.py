@@ -10,7 +10,6 @@ import math
 import weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from unittest.mock import patch
 
 # %% auto #0
@@ -103,8 +102,8 @@ def planned_model(
     attention = "eager" if config.training.attn_implementation == "eager" else "sdpa"
     try:
         with torch.device("meta"), quiet_libraries():
-            dtype = torch_dtype(base_precision(config))
-            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                shape, dtype=torch_dtype(base_precision(config)), attn_implementation=attention)
             if config.load_in_4bit:
                 round_layers(model)
             return prepare_method(plain, model)[0]
@@ -159,8 +158,7 @@ class Tally(Holdings, TorchDispatchMode):
     def __init__(self, model=None):  # whose parameters and gradients are not counted
         Holdings.__init__(self, model)
         TorchDispatchMode.__init__(self)
-        self.moment, self.peaks = "forward", {}
-        self.flops = self.n_ops = self.traffic = 0
+        self.moment, self.peaks, self.flops, self.n_ops, self.traffic = "forward", {}, 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -213,8 +211,7 @@ def make_fake(
             for name, tensor in [(name, tensor) for name, tensor in store.items() if tensor is not None]:
                 if id(tensor) not in made:  # tied weights stay one
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, torch.nn.Parameter)
-                    fake = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                    fake = torch.nn.Parameter(fake, tensor.requires_grad) if name in part._parameters else fake
                     made[id(tensor)] = tensor, fake
                 store[name] = made[id(tensor)][1]
         if getattr(part, "is_rounded", False):
@@ -240,20 +237,17 @@ class Passage(torch.autograd.Function):
 def watch_head(
     model,  # a language model of fake tensors, with or without adapter; its forward is replaced
     tally: Tally,  # is told when the head is reached
-    on_gpu: bool = True,  # False: as the kit scores labels on a CPU, where the head is not trained
 ) -> None:  # the model gives log-probabilities from now on
     "Let a model give the log-probability of every next token, as TRL computes it."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    tiled = chunked_logprob.ChunkedLogProbFunction.apply
-    scores = tiled if on_gpu else partial(label_scores, tiled)
 
     def forward(*args, labels=None, **kwargs):
         hidden = base.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
         hidden, head = Passage.apply(hidden, tally), base.get_output_embeddings()
         hidden = hidden.reshape(-1, hidden.shape[-1]).clone()
         targets = torch.zeros(len(hidden), dtype=torch.long)
-        return scores(
+        return chunked_logprob.ChunkedLogProbFunction.apply(
             hidden, head.weight, getattr(head, "bias", None), targets, 1.0, 32_768, softcap, 1.0,
             ("log_probs", "entropy", "is_top1"))[0]
 
@@ -262,9 +256,10 @@ def watch_head(
 
 @contextmanager
 def gpu_kernels(
-    active: bool,  # False: nothing changes
+    active: bool,  # False: labels are scored in the kit's way for a CPU
 ):  # use as `with gpu_kernels(True):`
     "Let dropout and TRL's head take the memory that they take on a GPU."
+    head = chunked_logprob.ChunkedLogProbFunction
     def dropout(x, p=0.5, training=True, inplace=False):
         return torch.ops.aten.native_dropout(x, p, True)[0] if training and p else x
 
@@ -274,6 +269,8 @@ def gpu_kernels(
         if active:
             stack.enter_context(patch.object(chunked_logprob, "_addmm_fp32", lambda total, a, b: torch.mm(a, b)))
             stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout))
+        else:
+            stack.enter_context(patch.object(head, "apply", lambda *a, tiled=head.apply: label_scores(tiled, *a)))
         yield
 
 # %% ../nbs/054_budget.ipynb #b2a76f9b
@@ -346,7 +343,6 @@ def ready_to_trace(
     config: FineTuningConfig,  # settings
     planned,  # as `planned_model` built it; changed in place
     train: bool,  # False: an evaluation
-    on_gpu: bool = True,  # False: with a CPU's output head
 ):  # the model with fake tensors, and the tally that watches it
     "Set up a model as a trainer would, inside a `FakeTensorMode`."
     several = config.training.packing or config.training.gradient_accumulation_steps > 1
@@ -359,7 +355,7 @@ def ready_to_trace(
     for parameter in trained if several and train else ():  # of the passes before
         parameter.grad = torch.empty_like(parameter)
     tally = Tally(model)
-    watch_head(model, tally, on_gpu)
+    watch_head(model, tally)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tally.claim)
     return model, tally
@@ -382,15 +378,15 @@ def trace_pass(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu_kernels(on_gpu))
         stack.enter_context(patch(EXPERTS, lambda x, weight, *more: weight.dtype == torch.bfloat16, create=True))
-        model, tally = ready_to_trace(config, planned, train, on_gpu)
+        model, tally = ready_to_trace(config, planned, train)
         stack.enter_context(cast_once(model, half))
         stack.enter_context(tally)
         with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(train):
             log_probs = model(**fake_inputs(config, rows, length))
         if train:
             (-log_probs.sum() / len(log_probs)).backward()
-        work = {"flops": tally.flops, "n_ops": tally.n_ops, "traffic": tally.traffic}
-        return StepTrace(tally.peaks, standing_bytes(config, model), work)
+        return StepTrace(tally.peaks, standing_bytes(config, model), {
+            name: getattr(tally, name) for name in ("flops", "n_ops", "traffic")})
 
 # %% ../nbs/054_budget.ipynb #5a9f9de8
 def trace_step(
@@ -470,8 +466,7 @@ def moments_of(
     moments = {}
     for moment, accounts in traced.peaks.items():
         gradients = stays["gradients"] if several else accounts["gradients"]
-        passing = {part: accounts[part] for part in PARTS[4:]}
-        moments[moment] = {**stays, **passing, "gradients": gradients}
+        moments[moment] = {**stays, **{part: accounts[part] for part in PARTS[4:]}, "gradients": gradients}
     unfused = config.training.optim in ("adamw_torch", "adafactor")
     moments["update"] = {**stays, "activations": stays["gradients"] * unfused, "logits": 0}
     seen = max(looked.peaks.values(), key=lambda accounts: sum(accounts.values()))
