@@ -25,7 +25,7 @@ from .methods import VIRTUAL, base_precision, prepare_method
 from .models import ParameterCount, check_model_config, model_files
 from .models import quiet_libraries, resolve_model_name, torch_dtype
 from .settings import FinetuningError, markdown_table
-from .speed import cast_once
+from .speed import cast_once, label_scores
 from .targets import PARAMETER_MARKS
 
 # %% ../nbs/054_budget.ipynb #9d7baad3
@@ -102,8 +102,8 @@ def planned_model(
     attention = "eager" if config.training.attn_implementation == "eager" else "sdpa"
     try:
         with torch.device("meta"), quiet_libraries():
-            dtype = torch_dtype(base_precision(config))
-            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                shape, dtype=torch_dtype(base_precision(config)), attn_implementation=attention)
             if config.load_in_4bit:
                 round_layers(model)
             return prepare_method(plain, model)[0]
@@ -158,8 +158,7 @@ class Tally(Holdings, TorchDispatchMode):
     def __init__(self, model=None):  # whose parameters and gradients are not counted
         Holdings.__init__(self, model)
         TorchDispatchMode.__init__(self)
-        self.moment, self.peaks = "forward", {}
-        self.flops = self.n_ops = self.traffic = 0
+        self.moment, self.peaks, self.flops, self.n_ops, self.traffic = "forward", {}, 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -212,8 +211,7 @@ def make_fake(
             for name, tensor in [(name, tensor) for name, tensor in store.items() if tensor is not None]:
                 if id(tensor) not in made:  # tied weights stay one
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, torch.nn.Parameter)
-                    fake = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                    fake = torch.nn.Parameter(fake, tensor.requires_grad) if name in part._parameters else fake
                     made[id(tensor)] = tensor, fake
                 store[name] = made[id(tensor)][1]
         if getattr(part, "is_rounded", False):
@@ -258,9 +256,10 @@ def watch_head(
 
 @contextmanager
 def gpu_kernels(
-    active: bool,  # False: nothing changes
+    active: bool,  # False: labels are scored in the kit's way for a CPU
 ):  # use as `with gpu_kernels(True):`
     "Let dropout and TRL's head take the memory that they take on a GPU."
+    head = chunked_logprob.ChunkedLogProbFunction
     def dropout(x, p=0.5, training=True, inplace=False):
         return torch.ops.aten.native_dropout(x, p, True)[0] if training and p else x
 
@@ -270,6 +269,8 @@ def gpu_kernels(
         if active:
             stack.enter_context(patch.object(chunked_logprob, "_addmm_fp32", lambda total, a, b: torch.mm(a, b)))
             stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout))
+        else:
+            stack.enter_context(patch.object(head, "apply", lambda *a, tiled=head.apply: label_scores(tiled, *a)))
         yield
 
 # %% ../nbs/054_budget.ipynb #b2a76f9b
@@ -384,8 +385,8 @@ def trace_pass(
             log_probs = model(**fake_inputs(config, rows, length))
         if train:
             (-log_probs.sum() / len(log_probs)).backward()
-        work = {"flops": tally.flops, "n_ops": tally.n_ops, "traffic": tally.traffic}
-        return StepTrace(tally.peaks, standing_bytes(config, model), work)
+        return StepTrace(tally.peaks, standing_bytes(config, model), {
+            name: getattr(tally, name) for name in ("flops", "n_ops", "traffic")})
 
 # %% ../nbs/054_budget.ipynb #5a9f9de8
 def trace_step(
@@ -465,8 +466,7 @@ def moments_of(
     moments = {}
     for moment, accounts in traced.peaks.items():
         gradients = stays["gradients"] if several else accounts["gradients"]
-        passing = {part: accounts[part] for part in PARTS[4:]}
-        moments[moment] = {**stays, **passing, "gradients": gradients}
+        moments[moment] = {**stays, **{part: accounts[part] for part in PARTS[4:]}, "gradients": gradients}
     unfused = config.training.optim in ("adamw_torch", "adafactor")
     moments["update"] = {**stays, "activations": stays["gradients"] * unfused, "logits": 0}
     seen = max(looked.peaks.values(), key=lambda accounts: sum(accounts.values()))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['OLD', 'GPUS', 'GIB', 'BYTES', 'SECONDS', 'HELD', 'TIME', 'PART_COLOURS', 'ParameterPlan', 'plan_parameters', 'Passes',
-           'plan_passes', 'DevicePace', 'quickest', 'probe_pace', 'Gpu', 'gpu_of', 'LikelySpan', 'memory_span', 'Fit',
-           'Forecast', 'fit_on', 'fit_gpu', 'estimate', 'plot_forecast']
+__all__ = ['OLD', 'GPUS', 'GIB', 'BYTES', 'SECONDS', 'HELD', 'KERNELS', 'EXPERT_COUNTS', 'TIME', 'PART_COLOURS', 'ParameterPlan',
+           'plan_parameters', 'Passes', 'plan_passes', 'DevicePace', 'quickest', 'probe_pace', 'Gpu', 'gpu_of',
+           'LikelySpan', 'memory_span', 'Fit', 'Forecast', 'fit_on', 'fit_gpu', 'estimate', 'plot_forecast']
 
 # %% ../nbs/055_forecast.ipynb #d5f1fb94
 from .budget import PARTS, MemoryBudget, Tally, base_shape, gib, memory_budget, planned_model
@@ -223,16 +223,20 @@ BYTES = ((GIB / 10, 2**20, "MiB"), (math.inf, GIB, "GiB"))  # below -> divided b
 SECONDS = ((1, 1e-3, "ms"), (100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days"))
 HELD = {"cpu": (LikelySpan(0.8, 1.22, 1.85), LikelySpan(0.45, 0.6, 0.9)),  # times the tensors; GiB beside them
         "gpu": (LikelySpan(1.0, 1.04, 1.15), LikelySpan(0.3, 0.6, 1.1))}
+KERNELS = LikelySpan(0.1, 0.45, 0.7)  # GiB of bf16 kernels that oneDNN keeps for experts, one for each number of tokens
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in configs of mixtures
 TIME = {"cpu": LikelySpan(1.1, 1.9, 3.2), "gpu": LikelySpan(0.5, 1.0, 2.5)}  # times the forecast
 
 
 def memory_span(
     tensors: float,  # bytes
     on_gpu: bool,  # where
+    routed: bool = False,  # True: a mixture of experts in half precision
 ) -> LikelySpan:  # bytes that the process takes there
     "Say how much memory so many bytes of tensors take."
     times, beside = HELD["gpu" if on_gpu else "cpu"]
-    return times.scaled(tensors).plus(beside.scaled(GIB))
+    kept = KERNELS.scaled(GIB if routed and not on_gpu else 0)
+    return times.scaled(tensors).plus(beside.scaled(GIB)).plus(kept)
 
 # %% ../nbs/055_forecast.ipynb #20841a01
 @dataclass
@@ -338,11 +342,12 @@ def fit_on(
         packed = config.replace(packing=passes.packed)
         budgets[key] = memory_budget(packed, shape, passes.rows, passes.length, on_gpu)
     budget, where = budgets[key], "gpu" if on_gpu else "cpu"
+    routed = half and any(getattr(shape.get_text_config(), name, 0) for name in EXPERT_COUNTS)
     share = passes.positions / (passes.rows * passes.length)
     seconds = passes.per_step * pace.seconds(budget.work, share) + 28 * budget.count.trainable / pace.bandwidth
     known = n_rows or config.training.max_steps > 0
     n_steps = config.training.total_steps(n_rows or 1, n_processes) if known else None
-    return Fit(machine.name, (machine.free_gib or machine.total_gib) * GIB, memory_span(budget.peak, on_gpu),
+    return Fit(machine.name, (machine.free_gib or machine.total_gib) * GIB, memory_span(budget.peak, on_gpu, routed),
                TIME[where].scaled(seconds), n_steps, budget, notes)
 
 

@@ -221,7 +221,7 @@ def label_scores(
     outputs: tuple,  # names of what is wanted
 ) -> tuple:  # log-probabilities, entropies, two that TRL does not ask for here, whether the label is the likeliest
     "Score labels as TRL asks for it, on a CPU with a head that is not trained in our way."
-    plain = bias is None and softcap is None and set(outputs) <= {"entropy", "is_top1"}
+    plain = bias is None and softcap is None and set(outputs) <= {"log_probs", "entropy", "is_top1"}
     if hidden.device.type != "cpu" or weight.requires_grad or not plain:
         return otherwise(hidden, weight, bias, targets, temperature, size, softcap, scale, outputs)
     log_probs, entropy, is_top1 = LabelScores.apply(hidden, weight, targets, scale / temperature)

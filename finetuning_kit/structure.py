@@ -132,7 +132,7 @@ def has_length_bias(
     return share is not None and not 1 - LENGTH_BIAS < share < LENGTH_BIAS
 
 # %% ../nbs/026_structure.ipynb #00cb7261
-_MARK = re.compile(r"[?？؟՞\u037e]['\"”’»)\]*_]*(?:\s|\Z)")  # the sign that ends a question; the last one is the Greek one
+_MARK = re.compile(r"[?？؟՞\u037e]['\"”’»)\]*_]*(?:\s|\Z)")  # what ends a question, in five scripts
 _REQUEST = re.compile(
     r"\W*(?:(?:please|now|then) )?(?:what|which|who|whom|whose|when|where|why|how|is|are|was|were|does|do|did|can|could"
     r"|will|would|should|give|write|create|generate|explain|describe|list|name|find|summari[sz]e|translate|rewrite|edit"

@@ -36,9 +36,9 @@ from .records import Document, Feedback, PreferencePair, Row
 from .reports import CHECKS, Report, build_report
 from .settings import FinetuningError
 from .shapes import Mapping, detect_shape
-from finetuning_kit.structure import (
-    differs_by_length, exchange_words, has_length_bias, has_two_systems, is_swapped, is_unanswered, is_unasked, longer_share,
-    order_faults)
+from .structure import (
+    differs_by_length, exchange_words, has_length_bias, has_two_systems, is_swapped, is_unanswered, is_unasked,
+    longer_share, order_faults)
 from .tokens import encode_batch
 from finetuning_kit.wording import (
     MIN_WORDS, find_cut, find_foreign, find_refusal, find_repetition, is_copied, is_too_short, language_of,

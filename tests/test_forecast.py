@@ -135,3 +135,21 @@ def test_what_the_experts_adapter_lacks_is_said():
     config = FineTuningConfig(model_name="pocket", bf16=True, target_modules="all-linear", lora_dropout=0.1)
     with pytest.raises(FinetuningError, match="whose adapter PEFT gives no `lora_dropout`"):
         memory_budget(config, of_experts("mixtral"), rows=2, length=32)
+
+
+def test_experts_take_kernels_beside_tensors_on_a_cpu_in_half_precision():
+    from finetuning_kit.forecast import memory_span
+
+    plain, routed = (memory_span(2**29, False, experts) for experts in (False, True))
+    assert 0.4 * 2**30 < routed.likely - plain.likely < 0.5 * 2**30
+    assert memory_span(2**29, True, True) == memory_span(2**29, True)
+
+
+def test_training_on_a_cpu_scores_labels_in_the_kits_own_way(monkeypatch):
+    import finetuning_kit.speed
+
+    calls, apply = [], finetuning_kit.speed.LabelScores.apply
+    monkeypatch.setattr(finetuning_kit.speed.LabelScores, "apply", lambda *args: calls.append(1) or apply(*args))
+    train(demo_config(output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=2, eval_strategy="no"),
+          [EncodedRow([row + 8] * 9, [row + 8] * 9) for row in range(4)])
+    assert calls
