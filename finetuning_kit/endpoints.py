@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from .runs import disk_guard, end_line
+from .runs import check_kind, disk_guard, end_line
 from .settings import FinetuningError, Settings, knob, value_words
 
 # %% auto #0
@@ -113,7 +113,11 @@ def _is_here(host):
 
 
 def _check_endpoint(settings, key):
-    place = urlsplit(settings.base_url)
+    check_kind(EndpointSettings, settings=settings)
+    try:
+        place = urlsplit(settings.base_url)
+    except ValueError as error:
+        raise FinetuningError(f"`base_url` {settings.base_url!r} is no address ({error}); mend it") from None
     if not settings.base_url or not settings.model:
         raise FinetuningError("no endpoint is named, so nothing is sent; set `base_url`, such as "
                               "http://localhost:8000/v1, and `model`")
@@ -197,7 +201,10 @@ def read_replies(
 ) -> dict[str, Reply]:  # fingerprint -> reply
     "Read the replies that are there; half a line, left by a kill, is passed over"
     found = {}
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
+    check_kind(("path", None), path=path)
+    if path and Path(path).is_dir():
+        raise FinetuningError(f"`path` is the folder `{path}`; name a file in it, such as replies.jsonl")
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path and Path(path).exists() else []
     for line in lines:
         try:
             row = json.loads(line)
@@ -213,6 +220,11 @@ def plan_calls(
     path: str | Path | None = None,  # where replies are kept; None: nowhere
 ) -> CallPlan:  # what is still to be asked, and what it may take
     "Estimate calls and tokens; nothing is sent, and what is above the caps is refused"
+    check_kind("function", ask=ask)
+    check_kind([[dict]], prompts=prompts)
+    if odd := [n for n, turns in enumerate(prompts) for turn in turns if not isinstance(turn.get("content"), str)]:
+        raise FinetuningError(f"`prompts[{odd[0]}]` has a message without text in `content`; write "
+                              '{"role": "user", "content": "…"}')
     if path and not getattr(ask, "name", ""):
         raise FinetuningError("replies can be kept only for somebody with a name, or another's might be taken for "
                               "them; set `name` on what you ask with, or leave `path` out")
@@ -236,6 +248,7 @@ def ask_all(
 ) -> list[Reply]:  # in the order of the questions; the same question is asked once
     "Ask what is not known yet, and keep every reply as it comes"
     plan_calls(ask, prompts, path)
+    check_kind(("function", None), on_progress=on_progress)
     known, lock, stop = read_replies(path), threading.Lock(), threading.Event()
     new = {key: messages for messages in prompts if (key := call_key(ask, messages)) not in known}
     if path:
@@ -247,6 +260,7 @@ def ask_all(
             return
         try:
             reply = ask(messages)
+            check_kind(Reply, reply=reply)
         except BaseException:
             stop.set()
             raise

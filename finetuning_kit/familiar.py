@@ -20,6 +20,7 @@ from .formatting import DatasetFormatter, nearest_name
 from .metrics import (
     ACCURACY, BLEU, EXACT_MATCH, ROUGE_1, ROUGE_2, ROUGE_L, TOKEN_F1, Exchange, Metric)
 from .questions import open_questions, suit_notes
+from .runs import check_kind
 from .settings import FinetuningError
 
 # %% ../nbs/082_familiar.ipynb #d8cdcc9a
@@ -31,6 +32,7 @@ def familiar_metrics(
     names: list[str] | tuple[str, ...],  # such as ["accuracy", "f1", "bleu"]
 ) -> dict[str, Metric]:  # name as asked -> metric; ROUGE-1, 2 and L come last, asked for or not
     "Find metrics by the names that scripts use"
+    check_kind(["text"], metrics=names)
     unknown = [name for name in names if name not in (*FAMILIAR, "rouge")]
     if unknown:
         near = nearest_name(unknown[0], frozenset(FAMILIAR))
@@ -75,6 +77,7 @@ def compare_with_base(
     if base_predictions is None:
         raise FinetuningError("`base_predictions` is missing: an improvement over the base needs the base's own "
                               "answers to the same questions; `evaluate_finetuned_model` asks for them by itself")
+    check_kind(["text"], base_predictions=base_predictions, predictions=predictions, references=references)
     lengths = len(base_predictions), len(predictions), len(references)
     if len(set(lengths)) > 1 or not lengths[0]:
         raise FinetuningError(f"base, tuned model and references must have the same number of rows, and one at least; "
@@ -114,6 +117,8 @@ def evaluate_finetuned_model(
     on_progress: Callable[[int, int], None] | None = None,  # called with (answered, total) after each batch
 ) -> dict:  # a score a metric (None: it says nothing here), `improvement` over the base, `n_rows`, `notes`
     "Score a tuned model's answers, and compare them with the base's own"
+    check_kind([object], eval_dataset=eval_dataset)
+    check_kind(("path", None), keep_in=keep_in)
     rows = list(eval_dataset)
     named = familiar_metrics(metrics)
     chosen, notes = suited_metrics(named, rows)

@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
@@ -19,16 +20,18 @@ from typing import Literal
 import numpy as np
 
 from .asking import Answer, exact_match, normalise_answer
+from .runs import check_kind, is_count
 from .settings import FinetuningError
 
 # %% auto #0
 __all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'TOKENIZERS', 'BLEU', 'CHRF',
            'UNSPACED', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
            'DISTINCT_2', 'DISTINCT_1_ROW', 'DISTINCT_2_ROW', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
-           'missing_needs', 'needs_problem', 'count_rows', 'optional_module', 'package_version', 'token_f1',
-           'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words',
-           'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels', 'macro_f1_of_counts',
-           'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct', 'distinct_of_counts', 'distinct']
+           'missing_needs', 'needs_problem', 'told_by_metric', 'count_rows', 'optional_module', 'package_version',
+           'token_f1', 'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced',
+           'unicode_words', 'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels',
+           'macro_f1_of_counts', 'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct',
+           'distinct_of_counts', 'distinct']
 
 # %% ../nbs/065_metrics.ipynb #1501f497
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class Metric:
     percent: bool = True  # shown in per cent; False: as a plain number
     source: str = ""  # who computes it, with version and settings, or the paper that defines it
 
+    def __post_init__(self):
+        check_kind("name", name=self.name)
+        check_kind("function", count=self.count, figure=self.figure)
+        check_kind({"higher", "lower", "neither"}, better=self.better)
+        check_kind(["name"], needs=self.needs)
+
 # %% ../nbs/065_metrics.ipynb #b8ab4901
 def row_metric(
     name: str,  # as tables and JSON have it
@@ -74,6 +83,8 @@ def row_metric(
     **options,  # `better`, `needs`, `percent`, `source` of `Metric`
 ) -> Metric:  # its figure is the mean of the rows that have a value
     "Make a metric from a score of single rows"
+    check_kind("function", score=score)
+
     def count(exchanges):
         values = [score(exchange) for exchange in exchanges]
         return np.array([[0.0, 0.0] if value is None else [value, 1.0] for value in values]).reshape(-1, 2)
@@ -100,6 +111,20 @@ def needs_problem(
             f"first is row {missing[0] + 1}; add it, or leave the metric out") if missing else ""
 
 # %% ../nbs/065_metrics.ipynb #443fe6fe
+@contextmanager
+def told_by_metric(
+    metric: Metric,  # whose own code runs inside
+):  # use as `with told_by_metric(metric):`
+    "Turn a fault in a metric into a sentence"
+    try:
+        yield
+    except FinetuningError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend "
+                              "it, for empty answers too; answers that `keep_in` keeps are not asked for again") from error
+
+
 def count_rows(
     metric: Metric,  # what is measured
     exchanges: list[Exchange],  # with their answers
@@ -107,16 +132,17 @@ def count_rows(
     "Count in every row, and refuse rows that lack what the metric needs"
     if problem := needs_problem(metric, exchanges):
         raise FinetuningError(problem)
-    try:
+    with told_by_metric(metric):
         counts = np.asarray(metric.count(exchanges), dtype=float)
-    except FinetuningError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend "
-                              "it; answers that `keep_in` keeps are not asked for again") from error
     if counts.ndim != 2 or len(counts) != len(exchanges):
         raise FinetuningError(f"the metric `{metric.name}` must count [n_rows, n_counts] numbers, got the shape "
                               f"{counts.shape} for {len(exchanges)} rows; `row_metric` makes one from a row's score")
+    with told_by_metric(metric):
+        shapes = [np.asarray(metric.figure(sums), float).shape for sums in (counts, counts.sum(0)) if len(counts)]
+    if shapes not in ([], [(len(counts),), ()]):
+        raise FinetuningError(f"the `figure` of the metric `{metric.name}` must make [...] figures of [..., n_counts] "
+                              f"sums, got the shapes {shapes[0]} for {len(counts)} rows and {shapes[1]} for all; "
+                              "take the counts from the last axis, as `counts[..., 0]`")
     return counts
 
 # %% ../nbs/065_metrics.ipynb #7050f823
@@ -245,6 +271,8 @@ def chrf(
     lowercase: bool = False,  # True: upper and lower case are the same
 ) -> Metric:  # 0 to 100
     "Measure chrF over a whole set with sacrebleu"
+    check_kind("whole", word_order=word_order)
+
     def count(exchanges):
         metrics = optional_module("sacrebleu.metrics", "sacrebleu", "chrF")
         return _sacrebleu_counts(metrics.CHRF(word_order=word_order, lowercase=lowercase), exchanges,
@@ -288,6 +316,7 @@ def check_pairs(
     references: list,  # and its partner
 ) -> None:  # raises for what cannot be compared
     "Refuse lists that cannot be compared row by row"
+    check_kind([object], answers=answers, references=references)
     if len(answers) != len(references):
         raise FinetuningError(f"the lists must have the same length, got {len(answers)} and {len(references)} rows; "
                               "row for row, both must belong to the same question")
@@ -322,8 +351,9 @@ def rouge(
     tokenize: Callable[[str], list[str]] | None = None,  # such as `unicode_words`; None: rouge-score's, Latin only
 ) -> Metric:  # the mean of the rows' F-measures
     "Measure ROUGE with rouge-score"
-    if not re.fullmatch("rouge([1-9]|L|Lsum)", kind):
-        raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r}")
+    check_kind(("function", None), tokenize=tokenize)
+    if not re.fullmatch("rouge([1-9]|L|Lsum)", str(kind)):
+        raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r:.60}")
 
     def count(exchanges):
         pairs = [each.text for each in exchanges], [each.reference for each in exchanges]
@@ -387,6 +417,9 @@ def accuracy(
     aliases: dict[str, str] | None = None,  # other spellings -> label
 ) -> Metric:  # share of right labels
     "Measure how often the label is the one wanted"
+    check_kind((["text"], None), labels=labels)
+    check_kind((dict, None), aliases=aliases)
+
     def count(exchanges):
         return np.array([[given == wanted, 1] for wanted, given in read_labels(exchanges, labels, aliases)],
                         float).reshape(-1, 2)
@@ -399,6 +432,9 @@ def macro_f1(
     aliases: dict[str, str] | None = None,  # other spellings -> label
 ) -> Metric:  # the mean of the classes' F1
     "Measure F1 class by class, each class with the same weight; the classes are those of the references"
+    check_kind((["text"], None), labels=labels)
+    check_kind((dict, None), aliases=aliases)
+
     def count(exchanges):
         pairs = read_labels(exchanges, labels, aliases)
         places = {label: place for place, label in enumerate(sorted({wanted for wanted, _ in pairs}))}
@@ -475,8 +511,8 @@ def distinct(
     within: Literal["set", "answer"] = "set",  # "set": all answers together, as published; "answer": the mean of each
 ) -> Metric:  # distinct n-grams for each word
     "Measure how varied answers are"
-    if n < 1:
-        raise FinetuningError(f"`n` must be at least 1, got {n}; 1 and 2 are what papers report")
+    if not is_count(n, 1):
+        raise FinetuningError(f"`n` must be at least 1, got {n!r:.60}; 1 and 2 are what papers report")
     source, what = f"Li et al. 2016, distinct-{n}", "distinct words" if n == 1 else f"distinct runs of {n} words"
     if within == "set":
         return Metric(f"distinct_{n}", f"{what} of all answers, for each word",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 
 import numpy as np
 
@@ -17,6 +18,8 @@ __all__ = ['BETS', 'bet_on_gains', 'evidence_of', 'Look', 'GainTest', 'look_word
 # %% ../nbs/081_peeking.ipynb #c152e20f
 from .evaluation import evaluate
 from .metrics import EXACT_MATCH, Metric
+from .models import check_things
+from .runs import check_kind
 from .settings import FinetuningError
 from .verdicts import amount_words
 from .watching import Watcher
@@ -66,6 +69,13 @@ class GainTest:
     alpha: float = 0.05  # how often "better" may be wrong in a run, and how often "hopeless"
     batches: list[np.ndarray] = field(default_factory=list)  # differences, look by look
 
+    def __post_init__(self):
+        check_kind("count", n_looks=self.n_looks)
+        check_kind("level", alpha=self.alpha)
+        check_kind("number", wanted=self.wanted)
+        if not -1 < self.wanted < 1:
+            raise FinetuningError(f"`wanted` must lie between -1 and 1, as 0.02 for two points, got {self.wanted:g}")
+
     def evidence(self, bar: float) -> tuple[float, float]:
         "For a gain above a bar in any looks so far, and against it in the looks of the second half"
         late = self.batches[self.n_looks // 2:]
@@ -87,6 +97,7 @@ class GainTest:
         differences: list[float],  # of rows that no earlier look asked; tuned minus base, from -1 to 1
     ) -> Look:  # what is known now
         "Take in an evaluation"
+        check_kind([Real], differences=differences)
         values = np.asarray(differences, float)
         values = values[np.isfinite(values)]
         if len(values) and np.abs(values).max() > 1:
@@ -124,6 +135,10 @@ def row_differences(
     after: list[float],  # the tuned model's
 ) -> list[float]:  # from -1 to 1, in the direction of progress; no number where a row says nothing
     "Put two models' rows against each other, row by row; unbounded scores by who won"
+    check_kind(Metric, metric=metric)
+    check_kind([Real], before=before, after=after)
+    if len(before) != len(after):
+        raise FinetuningError(f"`before` and `after` must be of the same rows, got {len(before)} and {len(after)}")
     if metric.better == "neither":
         raise FinetuningError(f"{metric.name} says nothing about progress; choose a metric whose `better` is higher or "
                               "lower")
@@ -149,6 +164,16 @@ class FreshRows(Watcher):
     ):
         super().__init__(None)  # `train` hands the run's own callback over
         row_differences(metric, [], [])  # refuses a metric without a direction
+        GainTest(1, wanted, alpha)  # and limits that no test has
+        check_things({"tokenizer": tokenizer})
+        check_kind([object], records=records)
+        check_kind([{"better", "hopeless"}], ends=ends)
+        check_kind(("count", None), rows_a_look=rows_a_look)
+        check_kind("whole", seed=seed)
+        check_kind(([dict], None), extras=extras)
+        check_kind([{"formatter", "max_new_tokens", "batch_size"}], asking=list(asking))
+        if extras is not None and len(extras) != len(records):
+            raise FinetuningError(f"`extras` has {len(extras)} rows for {len(records)} records; give one dict a record")
         order = np.random.default_rng(seed).permutation(len(records))
         self.records = [records[row] for row in order]
         self.extras = [extras[row] for row in order] if extras else None

@@ -22,9 +22,10 @@ from .formatting import DatasetFormatter, to_messages
 from .lengths import cut_prompt
 from .loading import iter_records
 from .methods import virtual_positions
-from .metrics import Exchange, Metric, missing_needs
+from .metrics import Exchange, Metric, count_rows, missing_needs
 from .models import check_things, quiet_libraries
 from .records import Message, Place, Row, TrainingSample
+from .runs import check_kind
 from .settings import FinetuningError
 from .tokens import encode_batch, encode_prompt, uses_template
 
@@ -100,6 +101,7 @@ def open_questions(
     extras: list[dict] | None = None,  # a row's other fields, one dict a question; None: the columns of rows
 ) -> QuestionSet:  # not encoded yet
     "Read every question, and tell the first that cannot be read by its number"
+    check_kind([object], records=items)
     if extras is not None and len(extras) != len(items):
         raise FinetuningError(f"`extras` has {len(extras)} rows for {len(items)} questions; give one dict a question")
     found = QuestionSet([], [], [], list(range(len(items))))
@@ -293,22 +295,13 @@ def check_ids(
 
 # %% ../nbs/076_questions.ipynb #8755ef1a
 def _check_lists(items, metrics, extras, formatter):
-    for name, value in {"records": items, "metrics": metrics, "extras": [] if extras is None else extras}.items():
-        if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__len__"):
-            raise FinetuningError(f"`{name}` must be a list, got {value!r:.60}; write [...] around it")
-    for metric in metrics:
-        if not isinstance(metric, Metric):
-            raise FinetuningError(f"`metrics` must hold metrics, such as EXACT_MATCH, got {metric!r:.60}; "
-                                  "`find_metric` looks a name up")
+    check_kind([object], records=items)
+    check_kind([Metric], metrics=metrics)
+    check_kind(([dict], None), extras=extras)
+    check_kind((DatasetFormatter, None), formatter=formatter)
     if twice := sorted(name for name, n in Counter(each.name for each in metrics).items() if n > 1):
         raise FinetuningError(f"`metrics` holds `{twice[0]}` more than once; give one of them another `name`, "
                               "or leave it out")
-    if odd := [row for row, each in enumerate(extras or []) if not isinstance(each, dict)]:
-        raise FinetuningError(f"`extras` must hold one dict a question, and row {odd[0] + 1} is "
-                              f"{extras[odd[0]]!r:.60}; write {{}} where there is nothing to add")
-    if formatter is not None and not isinstance(formatter, DatasetFormatter):
-        raise FinetuningError(f"`formatter` must be a formatter or None, got {formatter!r:.60}; make one, such as "
-                              "formatter_for(\"alpaca\")")
 
 # %% ../nbs/076_questions.ipynb #37c4c968
 def try_metric(
@@ -318,9 +311,9 @@ def try_metric(
 ) -> None:  # raises what would be raised afterwards
     "Measure empty answers, so that a missing package or label is missed now and not after an hour"
     began = time.perf_counter()
-    metric.count(exchanges[:1])
+    count_rows(metric, exchanges[:1])
     if time.perf_counter() - began < quick_s:  # one that runs programs or asks a model takes longer
-        metric.count(exchanges)
+        count_rows(metric, exchanges)
 
 
 def prepare_questions(

@@ -28,7 +28,7 @@ from .contrasts import shown_text, svg
 from .evaluation import Comparison, Evaluation, ScoreChange, draw_sums, plain_cell
 from .marks import visible
 from .metrics import Metric
-from .runs import RunFiles
+from .runs import RunFiles, check_kind
 from .settings import FinetuningError, markdown_table
 from .standing import BLUE, GREY, ORANGE
 from .verdicts import verdict_words, verdicts_of
@@ -173,6 +173,9 @@ def to_scorecard(
     notes: list[str] | None = None,  # what a reader must not miss
 ) -> Scorecard:  # shows itself in a notebook; `save_scorecard` keeps it
     "Make a report"
+    check_kind((Comparison, Evaluation), found=found)
+    check_kind(["name"], names=names)
+    check_kind((["text"], None), notes=notes)
     two = isinstance(found, Comparison)
     names = tuple(names) or (("base", "tuned") if two else ("model",))
     if len(names) != 1 + two:
@@ -451,6 +454,8 @@ def save_scorecard(
     path: str | Path,  # ends in .html, .json or .md; its folder is made
 ) -> Path:  # the file, which appears whole
     "Keep a report"
+    check_kind(Scorecard, card=card)
+    check_kind("path", path=path)
     path = Path(path)
     forms = {".html": scorecard_page, ".md": scorecard_markdown,
              ".json": lambda card: json.dumps(scorecard_dict(card), indent=1) + "\n"}

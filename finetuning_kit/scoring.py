@@ -25,6 +25,7 @@ from .metrics import (
     MACRO_F1, REPETITION, ROUGE_1, ROUGE_2, ROUGE_L, STOP_RATE, TOKEN_F1, USUAL_METRICS, Exchange, Metric, is_unspaced,
     needs_problem, unicode_words)
 from .profiles import TASKS
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError, markdown_table
 
 # %% ../nbs/075_scoring.ipynb #8601af11
@@ -57,9 +58,10 @@ def find_metric(
 
 # %% ../nbs/075_scoring.ipynb #a97eb481
 def metric_table(
-    metrics: Iterable[Metric] | None = None,  # None: all of `METRICS`
+    metrics: list[Metric] | tuple[Metric, ...] | None = None,  # None: all of `METRICS`
 ) -> str:  # a Markdown table
     "List metrics: name, what it says, which way is better, what rows need, who computes it"
+    check_kind(([Metric], None), metrics=metrics)
     rows = [(each.name, each.help, each.better, ", ".join(each.needs) or "nothing", each.source or "this package")
             for each in (METRICS.values() if metrics is None else metrics)]
     return markdown_table(["metric", "what it says", "better", "rows need", "source"], rows)
@@ -132,6 +134,8 @@ def metric_problems(
     exchanges: list[Exchange],  # the rows; answers are not looked at
 ) -> list[str]:  # sentences; empty when it suits
     "Say why a metric does not suit rows"
+    check_kind(Metric, metric=metric)
+    check_kind(([Exchange], None), exchanges=exchanges)
     if not exchanges:
         return [f"`{metric.name}` has nothing to measure: there are no rows; load some with `load_records`"]
     if problem := needs_problem(metric, exchanges):
@@ -145,11 +149,11 @@ def metric_problems(
 
 
 def check_metrics(
-    metrics: Iterable[Metric],  # what is to be measured
+    metrics: list[Metric] | tuple[Metric, ...],  # what is to be measured
     exchanges: list[Exchange],  # the rows; answers are not looked at
 ) -> None:  # raises, with a line for every metric that does not suit
     "Refuse metrics that do not suit rows, before a model is asked"
-    metrics = tuple(metrics)
+    check_kind([Metric], metrics=metrics)
     twice = sorted(name for name, n in Counter(each.name for each in metrics).items() if n > 1)
     problems = [f"`{name}` is asked for more than once; give one of them another name" for name in twice]
     problems += [problem for metric in metrics for problem in metric_problems(metric, exchanges)]
@@ -173,7 +177,7 @@ def metrics_for(
     exchanges: list[Exchange] | None = None,  # rows; what does not suit them is left out; None: all of the task's
 ) -> tuple[Metric, ...]:  # what success means for this task
     "Choose the metrics of a task profile"
-    if task not in TASK_METRICS:
+    if not kind_fits(task, TASK_METRICS):
         near = difflib.get_close_matches(str(task), TASK_METRICS, n=1)
         advice = f"; did you mean {near[0]}?" if near else ""
         raise FinetuningError(f"there is no task {str(task)[:40]!r}; there are {', '.join(TASK_METRICS)}{advice}")
@@ -204,6 +208,7 @@ def domain_terms(
     prior_words: float = 500.0,  # weight of the prior, in words; more: only frequent words stand out
 ) -> dict[str, float]:  # term -> z, the most distinctive first; terms of one text alone are left out
     "Find the words that set a field's texts apart"
+    check_kind(["text"], texts=texts, general=general)
     if not texts or not general:
         raise FinetuningError("domain terms need texts of the field and general texts to compare with; one is empty")
     here, there = (Counter(word for text in some for word in unicode_words(text)) for some in (texts, general))
@@ -218,6 +223,8 @@ def domain_vocabulary(
     terms: Iterable[str],  # a field's terms, as `domain_terms` finds them, or a list of your own
 ) -> Metric:  # share of the references' terms that the answers use
     "Measure whether answers use a field's terms where references do"
+    terms = list(terms) if isinstance(terms, Iterable) and not isinstance(terms, str) else terms
+    check_kind(["text"], terms=terms)
     known = {word for term in terms for word in unicode_words(term)}
     if not known:
         raise FinetuningError("`terms` is empty; find some with `domain_terms`, or lower its `least_z`")
