@@ -5,14 +5,13 @@
 # %% ../nbs/076_questions.ipynb #a0bacaf6
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 # %% auto #0
-__all__ = ['SUITED', 'LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSet', 'open_questions', 'check_needs', 'suit_notes',
+__all__ = ['LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSet', 'open_questions', 'check_needs', 'suit_notes',
            'repeat_notes', 'room_notes', 'context_length', 'shorten_prompt', 'fit_prompts', 'encode_questions',
            'check_ids', 'try_metric', 'prepare_questions']
 
@@ -26,6 +25,7 @@ from .metrics import Exchange, Metric, count_rows, missing_needs
 from .models import check_things, quiet_libraries
 from .records import Message, Place, Row, TrainingSample
 from .runs import check_kind
+from .scoring import doubts_about
 from .settings import FinetuningError
 from .tokens import encode_batch, encode_prompt, uses_template
 
@@ -135,39 +135,18 @@ def check_needs(
                               f"add it, leave these rows out, or leave `{metric.name}` out of `metrics`")
 
 # %% ../nbs/076_questions.ipynb #fbd1c21a
-SUITED = {  # metric -> is it zero for every other row; which references suit it; what it does, for the sentence
-    "bleu": (True, lambda text: len(text.split()) >= 4,
-             "counts runs of four words: a perfect answer of one word scores 0"),
-    "rouge2": (True, lambda text: len(re.findall("[a-z0-9]+", text.lower())) >= 2,
-               "counts pairs of words written in a to z and digits: a perfect answer of one word scores 0"),
-    **dict.fromkeys(("rouge1", "rougel"), (
-        True, lambda text: re.search("[a-z0-9]", text.lower()),
-        "reads the letters a to z and digits alone: a perfect answer in another script scores 0")),
-    **dict.fromkeys(("exact_match", "accuracy"), (
-        False, lambda text: len(text.split()) <= 30,
-        "asks for the reference to the letter, which hardly happens beyond 30 words")),
-}
-
-
 def suit_notes(
     asked: QuestionSet,  # questions and answers wanted
     metrics: tuple[Metric, ...],  # what shall be measured
-) -> list[str]:  # a sentence a metric that does not suit some rows
+) -> list[str]:  # a sentence for each doubt about a metric
     "Look whether each metric suits the answers wanted; refuse one that would be zero whatever the model says"
     notes, wanted = [], [each.reference for each in asked.exchanges]
     for metric in metrics:
-        is_zero, suits, what = SUITED.get(metric.name, (False, lambda text: True, ""))
-        unsuited = [n for n, text in enumerate(wanted) if text is not None and not suits(text)]
-        if unsuited and len(unsuited) == len(wanted) and is_zero:
-            raise FinetuningError(f"`{metric.name}` {what}, and no reference here suits it; "
-                                  "choose exact_match, token_f1 or chrf")
-        if unsuited:
-            notes.append(f"`{metric.name}` {what}: {asked.which(unsuited)}")
-    repeated = Counter(wanted)
-    n_alone = sum(repeated[text] == 1 for text in wanted)
-    if any(metric.name == "macro_f1" for metric in metrics) and 2 * n_alone > len(wanted):
-        notes.append(f"`macro_f1` takes references as labels, and {n_alone} of {len(wanted)} stand there only once; "
-                     "`token_f1` suits free text")
+        for doubt, unsuited in doubts_about(metric, wanted):
+            if doubt.is_zero and len(unsuited) == len(wanted):
+                raise FinetuningError(f"`{metric.name}` {doubt.words}, and no reference here suits it; "
+                                      f"choose {doubt.advice}")
+            notes.append(f"`{metric.name}` {doubt.words}: {asked.which(unsuited)}")
     return notes
 
 # %% ../nbs/076_questions.ipynb #47e3a041
@@ -254,7 +233,8 @@ def fit_prompts(
             asked.prompts[n] = shorten(asked.records[n], room)
     gone = {n for n in long if long_prompts == "drop" or asked.prompts[n] is None}
     n_cut = len(long) - len(gone)
-    told += f"; {len(gone)} are not asked" * bool(gone) + f"; {n_cut} are asked shortened" * bool(n_cut)
+    told += "".join(f"; {n} {'is' if n == 1 else 'are'} {what}" for n, what in (
+        (len(gone), "not asked"), (n_cut, "asked shortened")) if n)
     asked.notes.append(told)
     asked.keep([n for n in range(len(asked.prompts)) if n not in gone])
     if not asked.prompts:
