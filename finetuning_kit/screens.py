@@ -36,6 +36,10 @@ def print_trimmed(
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/099_screens.ipynb #6da00fdf
+def _pass_on():
+    raise BrokenPipeError
+
+
 class Screen:
     "A terminal, or a file without control codes, that shows what it is told"
 
@@ -46,6 +50,7 @@ class Screen:
         from rich.console import Console
 
         self.console = console or Console(highlight=False, quiet=not is_main_process())
+        self.console.on_broken_pipe = _pass_on  # rich would end the program with 1, which means something here
         self.progress = self.task = None
 
     def __call__(

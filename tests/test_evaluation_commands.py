@@ -1,5 +1,8 @@
 """`evaluate` and `compare` as typed: what they write, what they refuse, and by which exit code."""
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from finetuning_kit.asking import Answer
 from finetuning_kit.metrics import Exchange
 from finetuning_kit.side_by_side import load_answers, save_answers
+from tests.notebooks import ROOT
 
 ROWS = [{"instruction": f"Give the opposite of word {n}.", "output": f"antonym {n}"} for n in range(12)]
 ASK = ("--questions", "rows.jsonl", "--max-new-tokens", "6")
@@ -163,3 +167,37 @@ def test_a_killed_evaluation_goes_on(typed, rows, monkeypatch):
     assert typed(*words)[0] == 130 and not Path("mine/report.json").exists()
     assert typed(*words)[0] == 0 and asked.count("batch") == 3
     assert len(load_answers("mine/answers.jsonl")) == 12
+
+
+def test_bad_rows_and_long_prompts_have_their_flags(typed, tmp_path):
+    rows = [ROWS[0], {"colour": 3}, {"instruction": "word " * 1500, "output": "x"}, ROWS[1]]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("evaluate", "--model", "pocket", "--questions", "mixed.jsonl", "--max-new-tokens", "4")
+    code, _, err = typed(*words)
+    assert code == 2 and "`--on-bad skip`" in err
+    code, _, err = typed(*words, "--on-bad", "skip")
+    assert code == 2 and "add `--long-prompts drop`" in err
+    code, out, err = typed(*words, "--on-bad", "skip", "--long-prompts", "drop")
+    assert (code, err) == (0, "") and "on 2 questions" in out and "1 is not asked" in out
+    assert "1 of 4 rows cannot be asked and were left out; the first is mixed.jsonl:2" in out
+    code, out, _ = typed("compare", "pocket", "pocket", *words[3:], "--on-bad", "skip", "--long-prompts", "shorten")
+    assert code == 0 and "1 is asked shortened" in out
+
+
+@pytest.mark.parametrize("flag", ["--html", "--output", "--probe", "--base", "--questions", "--metrics"])
+def test_nothing_behind_a_flag(typed, rows, flag):
+    before = sorted(Path().rglob("*"))
+    code, _, err = typed("evaluate", "--model", "pocket", *ASK, flag, "")
+    assert (code, err) == (2, f"finetuning-kit: {flag}: there is nothing behind it; name something, or leave it out\n")
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [("compare", "base", "good"),
+                                   ("compare", "base", "good", "--json")])
+def test_nobody_reads_on(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    kept("base", 10), kept("good", 30)
+    process = subprocess.Popen([sys.executable, "-m", "finetuning_kit.cli", *words], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
