@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['ROUGE', 'FAMILIAR', 'AGAINST', 'familiar_metrics', 'base_form', 'gains', 'compare_with_base', 'suited_metrics',
-           'evaluate_finetuned_model', 'LabelledScores']
+__all__ = ['ROUGE', 'FAMILIAR', 'GAIN', 'AGAINST', 'familiar_metrics', 'base_form', 'gains', 'compare_with_base',
+           'suited_metrics', 'evaluate_finetuned_model', 'LabelledScores']
 
 # %% ../nbs/082_familiar.ipynb #7575b3c7
 from .asking import Answer
@@ -22,6 +22,7 @@ from .metrics import (
 from .questions import open_questions, suit_notes
 from .runs import check_kind
 from .settings import FinetuningError
+from .verdicts import verdicts_of
 
 # %% ../nbs/082_familiar.ipynb #d8cdcc9a
 ROUGE = {"rouge1": ROUGE_1, "rouge2": ROUGE_2, "rougeL": ROUGE_L}  # always measured
@@ -56,15 +57,17 @@ def base_form(
         yield None
 
 
+GAIN = ("before", "after", "difference", "low", "high", "verdict")  # what is said of each score
+
+
 def gains(
     base: Evaluation,  # before
     tuned: Evaluation,  # after, on the same questions
     chosen: dict[str, Metric],  # name as asked -> metric
-) -> dict[str, dict]:  # name -> before, after, difference, and the ends of its 95 % interval
+) -> dict[str, dict]:  # name -> before, after, difference, the ends of its 95 % interval, verdict
     "Say by how much each score changed"
-    changes = compare(base, tuned).to_dict()["changes"]
-    return {name: {key: changes[metric.name][key] for key in ("before", "after", "difference", "low", "high")}
-            for name, metric in chosen.items()}
+    judged = verdicts_of(compare(base, tuned))
+    return {name: {key: getattr(judged[metric.name], key) for key in GAIN} for name, metric in chosen.items()}
 
 # %% ../nbs/082_familiar.ipynb #16329e36
 def compare_with_base(
@@ -72,7 +75,7 @@ def compare_with_base(
     references: list[str],  # what it should have written
     base_predictions: list[str] | None = None,  # what the base wrote, asked the same
     metrics: list[str] | tuple[str, ...] = ("accuracy", "f1", "bleu"),  # names; ROUGE comes with them
-) -> dict[str, dict]:  # name -> before, after, difference, and the ends of its 95 % interval
+) -> dict[str, dict]:  # name -> before, after, difference, the ends of its 95 % interval, verdict
     "Compare a tuned model's answers with the base's own"
     if base_predictions is None:
         raise FinetuningError("`base_predictions` is missing: an improvement over the base needs the base's own "

@@ -33,6 +33,7 @@ from .profiles import demo_config
 from .relief import halving, memory_guard
 from .records import Document
 from .runs import RunFiles, RunFolder, check_count, check_folder, check_given
+from .scorecards import Scorecard, score_lines, table_of, to_scorecard
 from .settings import FinetuningError, markdown_table, setting_rows
 from .side_by_side import save_answers
 from .encoding import RowView, show_row
@@ -140,6 +141,7 @@ class FineTuned:
     row_view: RowView  # the first row as the model sees it
     run: TrainedRun  # the training itself: history, model, seconds
     comparison: Comparison | None = None  # base beside tuned; None where the rows ask nothing
+    card: Scorecard | None = None  # the same with verdicts, and the facts: what `finetuning-kit compare` says of the run
     facts: tuple | None = None  # share of plain facts completed, base and tuned; None but for the pocket model
     probes: tuple | None = None  # the same fact by fact
     merge_check: MergeCheck | None = None  # merged beside adapter; None without an adapter that can be merged
@@ -152,7 +154,7 @@ class FineTuned:
 
     def table(self) -> str:
         "Show base and tuned side by side"
-        return "the tuned model was not asked" if self.comparison is None else self.comparison._repr_markdown_()
+        return "the tuned model was not asked" if self.card is None else markdown_table(*table_of(self.card))
 
     def places(self) -> dict[str, str]:
         "Say where everything lies: file -> what it is"
@@ -279,10 +281,14 @@ def judge(
         return
     tell({"type": "stage", "name": "tuned", "run": run})
     after = measure(run.model, run.tokenizer, config, result.data, max_answers)
-    result.comparison = compare(before[0], after[0]) if after[0] is not None else None
+    if after[0] is not None:
+        result.comparison = compare(before[0], after[0])
+        result.card = to_scorecard(result.comparison, title=f"{run.folder.path.name} against base")
     if after[1] is not None:
         result.probes = before[1], after[1]
         result.facts = tuple(probe.scores["knowledge"] for probe in result.probes)
+        result.card = result.card or Scorecard("facts", ("base", "tuned"))
+        result.card.lines += score_lines(compare(*result.probes))
     if can_merge(config):
         tell({"type": "stage", "name": "merge"})
         result.merge_check = merge_and_verify(run, config, result.data)
@@ -299,11 +305,15 @@ def write_account(
     folder, metrics = result.folder, {}
     if result.comparison is not None:
         metrics = {"base": result.comparison.base.scores, "tuned": result.comparison.tuned.scores,
-                   **result.comparison.to_dict()}
+                   "n_rows": len(result.comparison.base.exchanges)}
         rows = result.comparison.samples(len(result.comparison.base.prompts))
         folder.save_text("samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         save_answers(folder / "base_answers.jsonl", result.comparison.base.exchanges)
         save_answers(folder / "answers.jsonl", result.comparison.tuned.exchanges)
+    if result.card is not None:
+        metrics["changes"] = {line.metric: {"before": line.figures[0], "after": line.figures[1], "low": line.low,
+                                            "high": line.high, "difference": line.difference, "percent": line.percent,
+                                            "verdict": line.verdict, "words": line.words} for line in result.card.lines}
     if result.facts is not None:
         metrics["facts_completed"] = dict(zip(("base", "tuned"), result.facts))
         for name, probe in zip(("base_probe.jsonl", "probe.jsonl"), result.probes):
