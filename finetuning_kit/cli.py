@@ -86,7 +86,8 @@ def refuse_empty(
 
     for name, value in options.items():
         if any(isinstance(each, str) and not each.strip() for each in (value if isinstance(value, list) else [value])):
-            raise FinetuningError(f"--{name.replace('_', '-')}: there is nothing behind it; name something, or leave it out")
+            flag = "--" + name.replace("_", "-")
+            raise FinetuningError(f"{flag}: there is nothing behind it; name something, or leave it out")
 
 # %% ../nbs/103_cli.ipynb #f2aa7b2d
 def add_demo(

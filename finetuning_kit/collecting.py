@@ -10,7 +10,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -206,7 +206,8 @@ class HeldFile:
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        with suppress(OSError):  # every line was flushed; what a full disk did not take has been told
+            self.file.close()
 
 # %% ../nbs/077_collecting.ipynb #71509ac2
 class AnswerFile(HeldFile):

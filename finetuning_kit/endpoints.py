@@ -72,13 +72,22 @@ def _hidden(text, key):  # what a server says may repeat what it was sent
     return " ".join((text.replace(key, "…") if key else text).split())[:200]
 
 
+def _read_in_time(answer, end):  # a server that sends a letter a second must not hold a judge for hours
+    parts = []
+    while (part := answer.read1(2**16)) and sum(map(len, parts)) < _MAX_BYTES:
+        parts.append(part)
+        if time.monotonic() > end:
+            raise TimeoutError("timed out in the middle of the answer")
+    return b"".join(parts)
+
+
 def _send(settings, body, key):
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     url = settings.base_url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=settings.timeout_s) as answer:
-            return json.loads(answer.read(_MAX_BYTES))
+            return json.loads(_read_in_time(answer, time.monotonic() + settings.timeout_s))
     except urllib.error.HTTPError as error:
         said = _hidden(error.read(2000).decode(errors="replace"), key)
         if error.code in _MAY_PASS or error.code >= 500:
@@ -99,9 +108,9 @@ def _read_reply(answer):
         text = choice["message"]["content"]
         if not isinstance(text, str):
             raise TypeError
-        return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)),
-                     {each["token"]: exp(each["logprob"]) for each in told})
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        n_read, n_written = (max(0, int(usage.get(f"{what}_tokens", 0))) for what in ("prompt", "completion"))
+        return Reply(text, n_read, n_written, {str(each["token"]): exp(min(0.0, each["logprob"])) for each in told})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise _Again(f"the answer has no text: {value_words(answer)}") from None
 
 
@@ -204,8 +213,8 @@ def read_replies(
     check_kind(("path", None), path=path)
     if path and Path(path).is_dir():
         raise FinetuningError(f"`path` is the folder `{path}`; name a file in it, such as replies.jsonl")
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path and Path(path).exists() else []
-    for line in lines:
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).exists() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
             found[row["key"]] = Reply(**row["reply"])
@@ -268,7 +277,7 @@ def ask_all(
         with lock:
             known[key] = reply
             if path:
-                with disk_guard(path), open(path, "a", encoding="utf-8") as file:
+                with disk_guard(path, cure="ask again with the same file"), open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
     pool = ThreadPoolExecutor(getattr(getattr(ask, "settings", None), "n_parallel", 1))

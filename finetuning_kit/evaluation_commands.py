@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'add_asking', 'add_measures', 'add_evaluate', 'add_compare', 'find_model', 'choose_metrics', 'fit_task',
-           'open_evaluation', 'read_questions', 'usual_for', 'tell_now_and_then', 'ask_model', 'joined_verdict',
-           'present_card', 'run_evaluate', 'kept_probes', 'compare_models', 'run_compare']
+           'open_evaluation', 'read_questions', 'to_be_read', 'usual_for', 'tell_now_and_then', 'read_wanted',
+           'ask_model', 'joined_verdict', 'present_card', 'run_evaluate', 'kept_probes', 'compare_models',
+           'run_compare']
 
 # %% ../nbs/102_evaluation_commands.ipynb #248c554e
 import argparse
@@ -186,6 +187,19 @@ def read_questions(
     return [record for _, record in pairs], [row.data for row, _ in pairs], notes
 
 # %% ../nbs/102_evaluation_commands.ipynb #329ecf77
+def to_be_read(
+    questions: tuple,  # as `read_questions` gives them
+) -> list:  # exchanges without answers; those with an answer wanted as if a model had read it
+    "Prepare rows for the question whether a metric suits them"
+    from dataclasses import replace
+
+    from finetuning_kit.likelihood import MEASURED
+    from finetuning_kit.questions import open_questions
+
+    exchanges, read = open_questions(*questions[:2]).exchanges, dict.fromkeys(MEASURED, 1.0)
+    return [each if each.reference is None else replace(each, extra={**each.extra, **read}) for each in exchanges]
+
+
 def usual_for(
     records: list,  # questions, with or without the answers wanted
 ) -> tuple:  # metrics
@@ -215,6 +229,22 @@ def tell_now_and_then(
     return tell
 
 # %% ../nbs/102_evaluation_commands.ipynb #f2ff4216
+def read_wanted(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    questions: tuple,  # as `read_questions` gives them
+    metrics: tuple,  # what is measured
+    formatter=None,  # None: the chat template
+) -> list[dict]:  # the rows' columns; where perplexity is asked for, with what it needs
+    "Let the model read the answers wanted, if a metric goes by their likelihood"
+    from finetuning_kit.likelihood import MEASURED, likelihood_extras
+
+    if not any(set(MEASURED) & set(metric.needs) for metric in metrics):
+        return questions[1]
+    return [{**row, **read} for row, read in zip(questions[1], likelihood_extras(
+        model, tokenizer, questions[0], formatter))]
+
+
 def ask_model(
     name: str,  # as it was typed
     options: dict,  # what the command line gave
@@ -238,9 +268,10 @@ def ask_model(
     sentences, tokenizer = read_probe(options["probe"]) if options["probe"] else [], load_tokenizer(place)
     model = load_model(place, options["load_in_4bit"], options["precision"],
                        options["device"] or probe_machine().device)
+    metrics = metrics or usual_for(questions[0])
+    columns = read_wanted(model, tokenizer, questions, metrics, formatter)
     found = evaluate(model, tokenizer, questions[0], formatter, options["max_new_tokens"], options["batch_size"],
-                     tell_now_and_then(say, name), metrics or usual_for(questions[0]), questions[1], keep_in,
-                     options["long_prompts"])
+                     tell_now_and_then(say, name), metrics, columns, keep_in, options["long_prompts"])
     return found, ask_probe(model, tokenizer, sentences) if sentences else None
 
 # %% ../nbs/102_evaluation_commands.ipynb #24501b7d
@@ -310,12 +341,11 @@ def run_evaluate(
 ) -> int:  # 0
     "Ask a model questions, and say how well it answers"
     from finetuning_kit.evaluation import compare
-    from finetuning_kit.questions import open_questions
     from finetuning_kit.scorecards import score_lines, to_scorecard
     from finetuning_kit.side_by_side import name_apart, save_answers
 
     metrics, questions = choose_metrics(options["metrics"], options["task"]), read_questions(options)
-    metrics, left_out = fit_task(options, metrics, open_questions(*questions[:2]).exchanges)
+    metrics, left_out = fit_task(options, metrics, to_be_read(questions))
     names = [name for name in (options["base"], options["model"]) if name]
     for name in names:
         find_model(name)
@@ -360,7 +390,6 @@ def compare_models(
 ) -> tuple:  # a `Scorecard`, and a `Comparison` of the probe or None
     "Ask two models the same questions"
     from finetuning_kit.evaluation import compare
-    from finetuning_kit.questions import open_questions
     from finetuning_kit.scorecards import to_scorecard
     from finetuning_kit.settings import FinetuningError
     from finetuning_kit.side_by_side import name_apart
@@ -371,7 +400,7 @@ def compare_models(
     for name in names:
         find_model(name)
     questions, say = read_questions(options), (lambda *_: None) if options["json"] else Screen().line
-    metrics, left_out = fit_task(options, metrics, open_questions(*questions[:2]).exchanges)
+    metrics, left_out = fit_task(options, metrics, to_be_read(questions))
     found, probes = zip(*(ask_model(name, options, questions, metrics, say=say) for name in names))
     apart = name_apart(list(map(Path, names)))
     title = f"{apart[1]} against {apart[0]}, asked {options['questions']}"

@@ -86,7 +86,8 @@ class RunNoise:
         check_kind(dict, spread=self.spread)
         check_kind("text", source=self.source)
         if not is_count(self.n_runs, 2):
-            raise FinetuningError(f"`n_runs` must be 2 or more, got {self.n_runs!r:.60}; one run says nothing of others")
+            raise FinetuningError(f"`n_runs` must be 2 or more, got {self.n_runs!r:.60}; one run says nothing of "
+                                  "others")
 
     def margin(self, metric: str) -> float:
         "How far a single run may lie from the mean of all runs, 19 times in 20; no number: not measured"

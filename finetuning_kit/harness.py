@@ -26,6 +26,7 @@ from .asking import Answer
 from .evaluation import Evaluation
 from .metrics import Exchange, Metric, row_metric
 from .models import check_things, quiet_libraries
+from .relief import is_memory_full
 from .runs import check_kind, kind_fits
 from .settings import FinetuningError, markdown_table
 
@@ -49,7 +50,7 @@ def quiet_harness():  # use as `with quiet_harness():`
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels, states = [logger.level for logger in loggers], (random.getstate(), np.random.get_state())
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what fails is raised, and told by `run_harness`
     no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None)  # it starts git, which complains
     try:
         with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(), no_git:
@@ -287,6 +288,12 @@ def run_harness(
                 wrapped, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit,
                 apply_chat_template=chat, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                 fewshot_random_seed=seed, bootstrap_iters=1000)
+    except Exception as error:
+        if isinstance(error, FinetuningError) or is_memory_full(error):
+            raise
+        raise FinetuningError(f"lm-evaluation-harness failed on {', '.join(tasks)} ({type(error).__name__}: "
+                              f"{str(error.__cause__ or error)[:300]}); mend the task's files, or ask less of it, "
+                              "such as a smaller `num_fewshot`") from error
     finally:
         model.train(was_training)
     scores = {task: _read_scores(figures) for task, figures in told["results"].items()}

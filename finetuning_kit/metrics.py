@@ -122,7 +122,8 @@ def told_by_metric(
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend "
-                              "it, for empty answers too; answers that `keep_in` keeps are not asked for again") from error
+                              "it, for empty answers too; answers that `keep_in` keeps are not asked for "
+                              "again") from error
 
 
 def count_rows(

@@ -250,7 +250,8 @@ def encode_questions(
     "Turn every question into what the model reads, and tell by number what cannot be asked"
     if uses_template(formatter) and not tokenizer.chat_template:
         raise FinetuningError("the tokenizer has no chat template, so nobody knows how the model expects a question; "
-                              "pass `formatter`, the one it was trained with, such as formatter_for(\"alpaca\")")
+                              "pass `formatter`, the one it was trained with, such as formatter_for(\"alpaca\") "
+                              "(`--dataset-format alpaca`)")
     problems = {}
     for n, record in enumerate(asked.records):
         try:

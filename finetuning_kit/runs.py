@@ -47,8 +47,9 @@ def disk_guard(
             raise
         home = next(place for place in Path(path).absolute().parents if place.is_dir())
         free = shutil.disk_usage(home).free
+        what = "the disk is full" if getattr(error, "errno", 0) != errno.EFBIG else "no file may become so large here"
         raise FinetuningError(
-            f"the disk is full: `{path}` needs about {max(n_bytes, 1) / 2**20:,.2f} MiB, {free / 2**20:,.2f} MiB are "
+            f"{what}: `{path}` needs about {max(n_bytes, 1) / 2**20:,.2f} MiB, {free / 2**20:,.2f} MiB are "
             f"free; what was saved before is whole: make room, then {cure}") from error
 
 # %% ../nbs/048_runs.ipynb #d09676a5
@@ -108,8 +109,9 @@ class RunFiles:
     def __init__(
         self,
         path: str | Path,  # a folder
+        cure: str = "go on with the run: `resume` set to auto",  # what to do when a full disk has room again
     ):
-        self.path = Path(path)
+        self.path, self.cure = Path(path), cure
 
     def save_text(
         self,
@@ -121,7 +123,7 @@ class RunFiles:
         if not is_main_process():
             return path
         try:
-            with disk_guard(path, len(text)):
+            with disk_guard(path, len(text), self.cure):
                 part.write_text(text, encoding="utf-8")
                 os.replace(part, path)
         finally:

@@ -463,7 +463,7 @@ def save_scorecard(
         raise FinetuningError(f"a report is kept as {', '.join(forms)}, got the name {path.name!r}; choose an ending")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return RunFiles(path.parent).save_text(path.name, forms[path.suffix](card))
+        return RunFiles(path.parent, "do it again").save_text(path.name, forms[path.suffix](card))
     except OSError as error:
         raise FinetuningError(f"{path} cannot be written ({error.strerror}); name a place of yours") from None
 

@@ -42,7 +42,8 @@ def save_answers(
         line = {"prompt": each.prompt, "reference": each.reference, **asdict(each.answer)}
         line |= {"messages": list(each.messages)} if len(each.messages) > 1 else {}
         lines.append(json.dumps(line | ({"extra": each.extra} if each.extra else {}), ensure_ascii=False, default=str))
-    return RunFiles(Path(path).parent).save_text(Path(path).name, "".join(line + "\n" for line in lines))
+    files = RunFiles(Path(path).parent, "do it again")
+    return files.save_text(Path(path).name, "".join(line + "\n" for line in lines))
 
 
 def load_answers(
@@ -140,6 +141,9 @@ def open_work(
     path = Path(path)
     held = {item.name for item in path.iterdir()} if path.is_dir() else set()
     is_run = bool(held & set(MARKS))
+    if not is_run and "collected.jsonl" in held and "answers.jsonl" not in held:
+        raise FinetuningError(f"the evaluation in `{path}` was stopped before its end; the same `finetuning-kit "
+                              "evaluate` line goes on with it")
     if not is_run and "answers.jsonl" not in held:
         what = "is a file" if path.is_file() else "does not exist"
         what = "holds neither a run nor answers" if path.is_dir() else what

@@ -85,11 +85,13 @@ def read_votes(
 ) -> dict[str, str]:  # pair's key -> "first", "second" or "tie", in the order of voting
     "Read kept votes; a line that a kill has torn is passed over, a vote that was taken back is gone"
     votes = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path and path.is_file() else ():
         try:
             vote = json.loads(line)
             key, winner = vote["key"], vote["winner"]
         except (ValueError, KeyError, TypeError):
+            continue
+        if not isinstance(key, str):
             continue
         votes.pop(key, None)
         if winner in ("first", "second", "tie"):
@@ -106,11 +108,15 @@ def keep_vote(
     if path is None:
         return
     line = json.dumps({"key": key, "winner": winner, "time": round(time.time(), 3)})
-    with disk_guard(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        end_line(path)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    try:
+        with disk_guard(path, cure="vote again"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            end_line(path)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    except OSError as error:
+        raise FinetuningError(f"`{path}` cannot keep votes ({error.strerror}); name a file in a folder of "
+                              "yours") from None
 
 # %% ../nbs/087_votes.ipynb #ddd0722b
 class Ballot:
