@@ -22,7 +22,7 @@ from finetuning_kit.scoring import check_metrics, domain_terms, domain_vocabular
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.side_by_side import compare_folders, load_answers, open_work, save_answers
 from finetuning_kit.verdicts import flip_test, holm, judge_change, rows_needed, score_interval, verdicts_of
-from finetuning_kit.votes import Ballot, VotingPanel, ballot_of, cast_vote, win_interval
+from finetuning_kit.votes import Ballot, VotePair, VotingPanel, ballot_of, cast_vote, win_interval
 
 ROWS = [Exchange(f"q{n}", "a b", Answer("a b", 2, True)) for n in range(6)]
 
@@ -199,3 +199,17 @@ def test_rubbish_beside_a_model_is_told_before_it_is_asked(tmp_path):
             with pytest.raises(FinetuningError) as told:
                 call()
             assert sentence in str(told.value)
+
+
+def test_files_of_votes_that_cannot_be_read_or_written(tmp_path):
+    pairs = [VotePair(f"q{n}", ("a", "b")) for n in range(3)]
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(b'\xff\xfe\n{"key": {}, "winner": "first"}\n[1]\nnull\n{"key": "' + pairs[0].key.encode()
+                     + b'", "winner": "first"}\n{"key": "')
+    ballot = Ballot(pairs, path=torn)
+    assert ballot.counts == (0, 1, 0)
+    cast_vote(ballot, "tie")
+    assert Ballot(pairs, path=torn).counts == (0, 1, 1)
+    for path in (tmp_path, torn / "x", "/proc/votes.jsonl"):
+        with pytest.raises(FinetuningError, match="cannot keep votes"):
+            cast_vote(Ballot(pairs, path=path), "left")
