@@ -206,8 +206,7 @@ class HeldFile:
         return self
 
     def __exit__(self, *_):
-        with suppress(OSError):  # every line was flushed; what a full disk did not take has been told
-            self.file.close()
+        with suppress(OSError): self.file.close()  # lines were flushed; what a full disk did not take was told
 
 # %% ../nbs/077_collecting.ipynb #71509ac2
 class AnswerFile(HeldFile):
@@ -324,8 +323,7 @@ def collect_answers(
 ) -> Collected:  # one answer a prompt
     "Answer every prompt greedily; lose nothing to a kill, and little to a full memory"
     check_prompts(prompts, max_new_tokens, batch_size)
-    check_kind(("path", None), keep_in=keep_in)
-    check_kind(("function", None), on_progress=on_progress)
+    check_kind(("path", None), keep_in=keep_in), check_kind(("function", None), on_progress=on_progress)
     batches = batches_by_length(prompts, batch_size, same_length=virtual_positions(model, in_labels=True) > 0)
     opened = nullcontext() if keep_in is None else AnswerFile(
         keep_in, answers_header(model, tokenizer, prompts, max_new_tokens, formatter))

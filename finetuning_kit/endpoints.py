@@ -249,6 +249,12 @@ def plan_calls(
     return plan
 
 # %% ../nbs/069_endpoints.ipynb #85c40dfa
+def _begin(path):
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        end_line(Path(path))
+
+
 def ask_all(
     ask: Callable,  # messages -> Reply: an `Endpoint`, or any function
     prompts: list[list[dict]],  # messages of each question
@@ -256,13 +262,11 @@ def ask_all(
     on_progress: Callable | None = None,  # called with (done, total) after each new reply
 ) -> list[Reply]:  # in the order of the questions; the same question is asked once
     "Ask what is not known yet, and keep every reply as it comes"
-    plan_calls(ask, prompts, path)
     check_kind(("function", None), on_progress=on_progress)
+    plan_calls(ask, prompts, path)
     known, lock, stop = read_replies(path), threading.Lock(), threading.Event()
     new = {key: messages for messages in prompts if (key := call_key(ask, messages)) not in known}
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        end_line(Path(path))
+    _begin(path)
 
     def one(key, messages):
         if stop.is_set():  # another question has failed for good

@@ -30,8 +30,8 @@ def add_asking(
     parser.add_argument("--questions", "--dataset", metavar="X", required=required,
                         help="rows with the answers wanted: a file, a folder, a Hub name, pocket:test")
     parser.add_argument("--mapping", metavar="X", help="how their columns are read (default: it is found out)")
-    parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop", help="what happens to rows that cannot be "
-                        "asked (default stop)")
+    parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop", help="what happens to rows that cannot "
+                        "be asked (default stop)")
     parser.add_argument("--long-prompts", choices=LONG_PROMPTS, default="refuse", help="what happens to questions that "
                         "leave no room for an answer (default refuse)")
     parser.add_argument("--limit", metavar="N", type=count, help="ask the first N questions only")

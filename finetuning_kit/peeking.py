@@ -19,7 +19,7 @@ __all__ = ['BETS', 'bet_on_gains', 'evidence_of', 'Look', 'GainTest', 'look_word
 from .evaluation import evaluate
 from .metrics import EXACT_MATCH, Metric
 from .models import check_things
-from .runs import check_kind
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError
 from .verdicts import amount_words
 from .watching import Watcher
@@ -70,11 +70,9 @@ class GainTest:
     batches: list[np.ndarray] = field(default_factory=list)  # differences, look by look
 
     def __post_init__(self):
-        check_kind("count", n_looks=self.n_looks)
-        check_kind("level", alpha=self.alpha)
-        check_kind("number", wanted=self.wanted)
-        if not -1 < self.wanted < 1:
-            raise FinetuningError(f"`wanted` must lie between -1 and 1, as 0.02 for two points, got {self.wanted:g}")
+        check_kind("count", n_looks=self.n_looks), check_kind("level", alpha=self.alpha)
+        if not kind_fits(self.wanted, "number") or not -1 < self.wanted < 1:
+            raise FinetuningError(f"`wanted` must be a number between -1 and 1, as 0.02, got {self.wanted!r:.60}")
 
     def evidence(self, bar: float) -> tuple[float, float]:
         "For a gain above a bar in any looks so far, and against it in the looks of the second half"
@@ -98,11 +96,10 @@ class GainTest:
     ) -> Look:  # what is known now
         "Take in an evaluation"
         check_kind([Real], differences=differences)
-        values = np.asarray(differences, float)
-        values = values[np.isfinite(values)]
+        values = np.array([each for each in differences if np.isfinite(each)], float)
         if len(values) and np.abs(values).max() > 1:
-            raise FinetuningError(f"a difference must lie between -1 and 1, got {values[np.abs(values).argmax()]:g}; "
-                                  "divide the scores by the largest possible one, or pass the signs of the differences")
+            raise FinetuningError(f"a difference must lie between -1 and 1, got {max(values, key=abs):g}; divide the "
+                                  "scores by the largest possible one, or pass the signs of the differences")
         self.batches.append(values)
         better, hopeless = self.evidence(self.wanted)
         verdict = "better" if better >= 1 / self.alpha else "hopeless" if hopeless >= 1 / self.alpha else "open"

@@ -42,10 +42,10 @@ def save_answers(
         line = {"prompt": each.prompt, "reference": each.reference, **asdict(each.answer)}
         line |= {"messages": list(each.messages)} if len(each.messages) > 1 else {}
         lines.append(json.dumps(line | ({"extra": each.extra} if each.extra else {}), ensure_ascii=False, default=str))
-    files = RunFiles(Path(path).parent, "do it again")
-    return files.save_text(Path(path).name, "".join(line + "\n" for line in lines))
+    text = "".join(line + "\n" for line in lines)
+    return RunFiles(Path(path).parent, "do it again").save_text(Path(path).name, text)
 
-
+# %% ../nbs/086_side_by_side.ipynb #aa954709
 def load_answers(
     path: str | Path,  # a file that `save_answers` wrote
 ) -> list[Exchange]:  # in their order
@@ -53,8 +53,7 @@ def load_answers(
     found = []
     check_kind("path", path=path)
     if not Path(path).is_file():
-        raise FinetuningError(f"`{path}` is no file; name one that `save_answers` or `evaluate --output` wrote, such as "
-                              "answers.jsonl")
+        raise FinetuningError(f"`{path}` is no file; name one that `evaluate --output` wrote, such as answers.jsonl")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, text in enumerate(file, 1):
             try:

@@ -343,14 +343,7 @@ def judge_change(
     seed: int = 0,  # of the drawing
 ) -> MetricVerdict:  # of this metric by itself
     "Judge how one metric changed"
-    check_kind(Evaluation, base=base, tuned=tuned)
-    check_kind(Metric, metric=metric)
-    check_kind("level", alpha=alpha)
-    check_kind("count", n_draws=n_draws)
-    check_kind("whole", seed=seed)
-    if metric.name not in base.counts or metric.name not in tuned.counts:
-        raise FinetuningError(f"`metric` {metric.name} was not measured in both; measured were "
-                              f"{', '.join(each for each in base.counts if each in tuned.counts)}")
+    _check_judging(base, tuned, metric, alpha, n_draws, seed)
     pair = base.counts[metric.name], tuned.counts[metric.name]
     before, after, notes = shared_counts(metric, pair, _group_labels(base, group))
     figures = [float(metric.figure(counts.sum(0))) if len(counts) else math.nan for counts in (before, after)]
@@ -363,7 +356,7 @@ def judge_change(
     found["notes"] = (*notes, *found["notes"])
     return MetricVerdict(**told, **found, p_adjusted=found["p"] if metric.better != "neither" else math.nan)
 
-
+# %% ../nbs/079_verdicts.ipynb #842eafb7
 def _group_labels(
     evaluation: Evaluation,  # whose rows
     group: str | list | None,  # a key of `extra`, or a label a row; None: no groups
@@ -380,6 +373,17 @@ def _group_labels(
     if group is not None and len(group) != n_rows:
         raise FinetuningError(f"`group` must have one label a row, got {len(group)} labels for {n_rows} rows")
     return group
+
+
+def _check_judging(base, tuned, metric, alpha, n_draws, seed):
+    check_kind(Evaluation, base=base, tuned=tuned)
+    check_kind(Metric, metric=metric)
+    check_kind("level", alpha=alpha)
+    check_kind("count", n_draws=n_draws)
+    check_kind("whole", seed=seed)
+    if metric.name not in base.counts or metric.name not in tuned.counts:
+        raise FinetuningError(f"`metric` {metric.name} was not measured in both; measured were "
+                              f"{', '.join(each for each in base.counts if each in tuned.counts)}")
 
 # %% ../nbs/079_verdicts.ipynb #ab71aff6
 VERDICT_HEADINGS = ["metric", "base", "tuned", "difference", "interval", "p", "verdict"]

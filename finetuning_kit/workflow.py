@@ -141,7 +141,7 @@ class FineTuned:
     row_view: RowView  # the first row as the model sees it
     run: TrainedRun  # the training itself: history, model, seconds
     comparison: Comparison | None = None  # base beside tuned; None where the rows ask nothing
-    card: Scorecard | None = None  # the same with verdicts, and the facts: what `finetuning-kit compare` says of the run
+    card: Scorecard | None = None  # the same and the facts, with verdicts, as `finetuning-kit compare` tells them
     facts: tuple | None = None  # share of plain facts completed, base and tuned; None but for the pocket model
     probes: tuple | None = None  # the same fact by fact
     merge_check: MergeCheck | None = None  # merged beside adapter; None without an adapter that can be merged

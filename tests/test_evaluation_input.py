@@ -14,7 +14,7 @@ from finetuning_kit.gates import RunNoise, ask_probe, gate_of, read_probe, run_n
 from finetuning_kit.harness import run_harness, write_task
 from finetuning_kit.judging import Judge, calibrate_judge, judge_answers, judge_pairs, key_judge, win_rate
 from finetuning_kit.likelihood import choice_exchanges, completions_right, likelihood_extras, text_exchanges
-from finetuning_kit.metrics import EXACT_MATCH, TOKEN_F1, Exchange, Metric, chrf, rouge, row_metric
+from finetuning_kit.metrics import EXACT_MATCH, TOKEN_F1, Exchange, Metric, rouge, row_metric
 from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.peeking import GainTest, GainWatch, row_differences
 from finetuning_kit.scorecards import load_scorecard, save_scorecard, to_scorecard
@@ -144,7 +144,7 @@ RUBBISH = {  # part of the sentence -> calls without a model
     "`first` must be the path": [lambda: compare_folders(None), lambda: compare_folders(3, 4)],
     "there is no task": [lambda: metrics_for([]), lambda: metrics_for({})],
     "`texts`": [lambda: domain_terms([3], [4])], "`terms`": [lambda: domain_vocabulary("term")],
-    "`kind`": [lambda: rouge(3)], "`word_order`": [lambda: chrf(-1)], "`pairs`": [lambda: Ballot([3])],
+    "`kind`": [lambda: rouge(3)], "`pairs`": [lambda: Ballot([3])],
     "`comparison` must be what `compare` gives; got ": [lambda: ballot_of(ONE), lambda: verdicts_of(None)],
     "`ballot`": [lambda: cast_vote(None, "left"), lambda: VotingPanel(None)], "`wins`": [lambda: win_interval(-1, 2)],
     "`rows`": [lambda: write_task(".", "t", [3])], "`settings`": [lambda: Endpoint(None)],
