@@ -18,6 +18,7 @@ import torch
 # %% ../nbs/049_asking.ipynb #493d9d74
 from .methods import virtual_positions
 from .models import check_things, quiet_libraries, stop_token_ids
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError
 
 # %% ../nbs/049_asking.ipynb #18efcd74
@@ -107,11 +108,16 @@ def check_prompts(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise FinetuningError(f"`{name}` must be at least 1, a whole number, got {value!r:.60}; 64 tokens and "
                                   "32 prompts are good starts")
+    check_kind([object], prompts=prompts)
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             raise FinetuningError(f"`prompts[{row}]` is text; pass token ids: encode_prompt(tokenizer, record)")
+        check_kind([object], **{f"prompts[{row}]": prompt})
         if len(prompt) == 0:
             raise FinetuningError(f"`prompts[{row}]` is empty; a prompt needs at least one token")
+        if not kind_fits(prompt[0], "whole"):
+            raise FinetuningError(f"`prompts[{row}]` must hold token ids, got {prompt[0]!r:.60}; pass "
+                                  "encode_prompt(tokenizer, record)")
 
 # %% ../nbs/049_asking.ipynb #0d69ca5d
 def ask_batch(

@@ -28,11 +28,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .asking import Answer, batches_by_length, pad_left, plain_greedy, read_answer
+from .asking import (
+    Answer, batches_by_length, check_prompts, pad_left, plain_greedy, read_answer)
 from .code_metrics import find_code, program_of
 from .metrics import Exchange, Metric, row_metric
 from .models import quiet_libraries
 from .referee import referee_command
+from .runs import check_kind, is_count, kind_fits
 from .settings import FinetuningError
 from .walls import CodeLimits, missing_walls
 
@@ -42,6 +44,7 @@ def check_permission(
     limits: CodeLimits,  # what the code would be allowed
 ) -> None:  # raises where code must not be run
     "Refuse to run code that nobody asked for, or that nothing would hold back"
+    check_kind(CodeLimits, limits=limits)
     if not allowed:
         raise FinetuningError(
             "running a model's code is off: it is a program that nobody has read, and this would start it on your "
@@ -78,11 +81,12 @@ def read_tests(
     prompt: str = "",  # the question, which may be the beginning of the code
 ) -> CodeTests:  # raises if the row has no tests
     "Find a row's tests"
+    check_kind(dict, row=row)
     tests = row.get("tests") or row.get("test_list") or row.get("test")
     if isinstance(tests, str):
         calls = "def check(" in tests and "\ncheck(" not in tests
         tests = [tests + ("\n\ncheck(candidate)\n" if calls else "")]
-    if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
+    if not tests or not kind_fits(tests, ["name"]):
         raise FinetuningError("a row for pass@k needs its tests: a text with `assert`s, or a list of them, in `tests` "
                               f"(or `test_list`, or `test` with `check`); got the fields {sorted(row)}")
     first = row.get("test_imports") or []
@@ -168,6 +172,8 @@ def run_tests(
 ) -> CodeResult:  # every test's outcome
     "Run code against tests, in processes of their own"
     check_permission(allow_running_code, limits)
+    check_kind("text", code=code)
+    check_kind(CodeTests, tests=tests)
     paths = [sysconfig.get_paths()["purelib"]] if limits.packages else []
     nonce, start = secrets.token_hex(16), time.monotonic()
     job = {"code": code, "tests": tests.tests, "setup": tests.setup, "entry_point": tests.entry_point, "nonce": nonce}
@@ -224,6 +230,7 @@ def unbiased_pass_at_k(
     k: int,  # answers that one may look at
 ) -> float:  # between 0 and 1
     "Estimate how likely one of k answers is right, as Chen et al. do (2021, equation 1)"
+    check_kind("whole", n=n, n_right=n_right, k=k)
     if not 1 <= k <= n or not 0 <= n_right <= n:
         raise FinetuningError(f"pass@k needs 1 <= k <= n answers and 0 <= right ones <= n, got k={k}, n={n} and "
                               f"{n_right} right; draw at least {k} answers a question")
@@ -246,8 +253,7 @@ def pass_at_k(
     n_at_once: int = 1,  # answers run side by side
 ) -> Metric:  # rows need tests as `read_tests` finds them; further answers in `more_answers`
     "Make the metric that runs answers against their rows' tests"
-    if k < 1 or n_at_once < 1:
-        raise FinetuningError(f"`k` and `n_at_once` must be at least 1, got {k} and {n_at_once}")
+    check_kind("count", k=k, n_at_once=n_at_once)
     check_permission(allow_running_code, limits)
 
     def value(exchange):
@@ -290,10 +296,13 @@ def sample_answers(
     batch_size: int = 32,  # answers generated at once
 ) -> list[list[Answer]]:  # n answers a prompt, in the order of the prompts
     "Draw several answers to every prompt"
-    if n < 1 or temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or batch_size < 1:
-        raise FinetuningError(f"`n`, `max_new_tokens` and `batch_size` must be at least 1, got {n}, {max_new_tokens} "
-                              f"and {batch_size}; `temperature` at least 0, got {temperature}; `top_p` above 0 and at "
-                              f"most 1, got {top_p}")
+    check_prompts(prompts, max_new_tokens, batch_size)
+    check_kind("count", n=n)
+    check_kind("whole", seed=seed)
+    check_kind("number", temperature=temperature, top_p=top_p)
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise FinetuningError(f"`temperature` must be at least 0, got {temperature}, and `top_p` above 0 and at most "
+                              f"1, got {top_p}; 0.8 and 0.95 are usual")
     repeated = [prompt for prompt in prompts for _ in range(n)]
     answers: list = [None] * len(repeated)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -315,8 +324,10 @@ def with_more_answers(
     drawn: list[list[Answer]],  # as `sample_answers` gives them
 ) -> list[Exchange]:  # the first answer as the answer, the others in `more_answers`
     "Put several answers beside each question"
-    if len(exchanges) != len(drawn):
-        raise FinetuningError("`exchanges` and `drawn` must be of the same questions, got "
-                              f"{len(exchanges)} and {len(drawn)}")
+    check_kind([Exchange], exchanges=exchanges)
+    check_kind([[Answer]], drawn=drawn)
+    if len(exchanges) != len(drawn) or not all(drawn):
+        raise FinetuningError("`exchanges` and `drawn` must be of the same questions, with an answer each at least; "
+                              f"got {len(exchanges)} and {sum(map(bool, drawn))} with answers")
     return [replace(each, answer=answers[0], extra={**each.extra, "more_answers": tuple(answers[1:])})
             for each, answers in zip(exchanges, drawn)]

@@ -10,7 +10,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .formatting import DatasetFormatter
 from .methods import virtual_positions
 from .models import quiet_libraries, stop_token_ids
 from .relief import free_memory, is_memory_full
-from .runs import disk_guard, sync_folder
+from .runs import check_kind, disk_guard, sync_folder
 from .settings import FinetuningError
 from .tokens import uses_template
 
@@ -206,7 +206,7 @@ class HeldFile:
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        with suppress(OSError): self.file.close()  # lines were flushed; what a full disk did not take was told
 
 # %% ../nbs/077_collecting.ipynb #71509ac2
 class AnswerFile(HeldFile):
@@ -323,6 +323,7 @@ def collect_answers(
 ) -> Collected:  # one answer a prompt
     "Answer every prompt greedily; lose nothing to a kill, and little to a full memory"
     check_prompts(prompts, max_new_tokens, batch_size)
+    check_kind(("path", None), keep_in=keep_in), check_kind(("function", None), on_progress=on_progress)
     batches = batches_by_length(prompts, batch_size, same_length=virtual_positions(model, in_labels=True) > 0)
     opened = nullcontext() if keep_in is None else AnswerFile(
         keep_in, answers_header(model, tokenizer, prompts, max_new_tokens, formatter))

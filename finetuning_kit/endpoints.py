@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from .runs import disk_guard, end_line
+from .runs import check_kind, disk_guard, end_line
 from .settings import FinetuningError, Settings, knob, value_words
 
 # %% auto #0
@@ -72,13 +72,22 @@ def _hidden(text, key):  # what a server says may repeat what it was sent
     return " ".join((text.replace(key, "…") if key else text).split())[:200]
 
 
+def _read_in_time(answer, end):  # a server that sends a letter a second must not hold a judge for hours
+    parts = []
+    while (part := answer.read1(2**16)) and sum(map(len, parts)) < _MAX_BYTES:
+        parts.append(part)
+        if time.monotonic() > end:
+            raise TimeoutError("timed out in the middle of the answer")
+    return b"".join(parts)
+
+
 def _send(settings, body, key):
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     url = settings.base_url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=settings.timeout_s) as answer:
-            return json.loads(answer.read(_MAX_BYTES))
+            return json.loads(_read_in_time(answer, time.monotonic() + settings.timeout_s))
     except urllib.error.HTTPError as error:
         said = _hidden(error.read(2000).decode(errors="replace"), key)
         if error.code in _MAY_PASS or error.code >= 500:
@@ -99,9 +108,9 @@ def _read_reply(answer):
         text = choice["message"]["content"]
         if not isinstance(text, str):
             raise TypeError
-        return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)),
-                     {each["token"]: exp(each["logprob"]) for each in told})
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        n_read, n_written = (max(0, int(usage.get(f"{what}_tokens", 0))) for what in ("prompt", "completion"))
+        return Reply(text, n_read, n_written, {str(each["token"]): exp(min(0.0, each["logprob"])) for each in told})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise _Again(f"the answer has no text: {value_words(answer)}") from None
 
 
@@ -113,7 +122,11 @@ def _is_here(host):
 
 
 def _check_endpoint(settings, key):
-    place = urlsplit(settings.base_url)
+    check_kind(EndpointSettings, settings=settings)
+    try:
+        place = urlsplit(settings.base_url)
+    except ValueError as error:
+        raise FinetuningError(f"`base_url` {settings.base_url!r} is no address ({error}); mend it") from None
     if not settings.base_url or not settings.model:
         raise FinetuningError("no endpoint is named, so nothing is sent; set `base_url`, such as "
                               "http://localhost:8000/v1, and `model`")
@@ -197,8 +210,11 @@ def read_replies(
 ) -> dict[str, Reply]:  # fingerprint -> reply
     "Read the replies that are there; half a line, left by a kill, is passed over"
     found = {}
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
-    for line in lines:
+    check_kind(("path", None), path=path)
+    if path and Path(path).is_dir():
+        raise FinetuningError(f"`path` is the folder `{path}`; name a file in it, such as replies.jsonl")
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).exists() else ""
+    for line in text.splitlines():
         try:
             row = json.loads(line)
             found[row["key"]] = Reply(**row["reply"])
@@ -213,6 +229,11 @@ def plan_calls(
     path: str | Path | None = None,  # where replies are kept; None: nowhere
 ) -> CallPlan:  # what is still to be asked, and what it may take
     "Estimate calls and tokens; nothing is sent, and what is above the caps is refused"
+    check_kind("function", ask=ask)
+    check_kind([[dict]], prompts=prompts)
+    if odd := [n for n, turns in enumerate(prompts) for turn in turns if not isinstance(turn.get("content"), str)]:
+        raise FinetuningError(f"`prompts[{odd[0]}]` has a message without text in `content`; write "
+                              '{"role": "user", "content": "…"}')
     if path and not getattr(ask, "name", ""):
         raise FinetuningError("replies can be kept only for somebody with a name, or another's might be taken for "
                               "them; set `name` on what you ask with, or leave `path` out")
@@ -228,6 +249,12 @@ def plan_calls(
     return plan
 
 # %% ../nbs/069_endpoints.ipynb #85c40dfa
+def _begin(path):
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        end_line(Path(path))
+
+
 def ask_all(
     ask: Callable,  # messages -> Reply: an `Endpoint`, or any function
     prompts: list[list[dict]],  # messages of each question
@@ -235,18 +262,18 @@ def ask_all(
     on_progress: Callable | None = None,  # called with (done, total) after each new reply
 ) -> list[Reply]:  # in the order of the questions; the same question is asked once
     "Ask what is not known yet, and keep every reply as it comes"
+    check_kind(("function", None), on_progress=on_progress)
     plan_calls(ask, prompts, path)
     known, lock, stop = read_replies(path), threading.Lock(), threading.Event()
     new = {key: messages for messages in prompts if (key := call_key(ask, messages)) not in known}
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        end_line(Path(path))
+    _begin(path)
 
     def one(key, messages):
         if stop.is_set():  # another question has failed for good
             return
         try:
             reply = ask(messages)
+            check_kind(Reply, reply=reply)
         except BaseException:
             stop.set()
             raise
@@ -254,7 +281,7 @@ def ask_all(
         with lock:
             known[key] = reply
             if path:
-                with disk_guard(path), open(path, "a", encoding="utf-8") as file:
+                with disk_guard(path, cure="ask again with the same file"), open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
     pool = ThreadPoolExecutor(getattr(getattr(ask, "settings", None), "n_parallel", 1))

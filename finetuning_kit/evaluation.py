@@ -10,6 +10,7 @@ __all__ = ['HEADINGS', 'Evaluation', 'evaluate', 'draw_sums', 'paired_bootstrap'
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .asking import Answer
 from .collecting import collect_answers
 from .metrics import USUAL_METRICS, Exchange, Metric, check_pairs, count_rows
 from .questions import prepare_questions
+from .runs import check_kind
 from .settings import FinetuningError, markdown_table
 
 # %% ../nbs/078_evaluation.ipynb #b5593357
@@ -30,6 +32,8 @@ class Evaluation:
     counts: dict[str, np.ndarray] = field(init=False)  # metric's name -> [n_rows, n_counts]
 
     def __post_init__(self):
+        check_kind([Exchange], exchanges=self.exchanges)
+        check_kind([Metric], metrics=self.metrics)
         self.counts = {metric.name: count_rows(metric, self.exchanges) for metric in self.metrics}
 
     @property
@@ -85,6 +89,8 @@ def evaluate(
     "Ask a model every question in the form it was trained on, and score its answers"
     if records is None or hasattr(records, "__len__") and not len(records):
         raise FinetuningError("there is nothing to evaluate: `records` is empty; load some with `load_records`")
+    check_kind(("path", None), keep_in=keep_in)
+    check_kind(("function", None), on_progress=on_progress, on_note=on_note)
     asked = prepare_questions(model, tokenizer, records, formatter, max_new_tokens, metrics, extras, long_prompts)
     for note in asked.notes if on_note else []:
         on_note(note)
@@ -114,6 +120,10 @@ def paired_bootstrap(
 ) -> tuple[float, float]:  # lower and upper end for the mean difference
     "Find the interval in which a mean difference lies when the questions are drawn again"
     check_pairs(before, after)
+    check_kind("count", n_resamples=n_resamples)
+    check_kind("whole", seed=seed)
+    check_kind("level", confidence=confidence)
+    check_kind([Real], before=before, after=after)
     differences = np.subtract(after, before, dtype=float)
     means = draw_sums([differences[:, None]], n_resamples, seed)[0][:, 0] / len(differences)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -158,6 +168,7 @@ class Comparison:
         n: int = 3,  # questions to show, spread evenly over the set
     ) -> list[dict[str, str]]:  # prompt, reference, before, after
         "A few questions with both answers"
+        check_kind("whole", n=n)
         rows = np.linspace(0, len(self.base.prompts) - 1, min(n, len(self.base.prompts))).round().astype(int)
         return [{"prompt": self.base.prompts[row], "reference": self.base.references[row],
                  "before": self.base.answers[row].text, "after": self.tuned.answers[row].text} for row in rows]
@@ -198,12 +209,11 @@ def compare(
     seed: int = 0,  # of the drawing
 ) -> Comparison:  # a table of before, after, difference and interval
     "Put two evaluations of the same questions side by side"
-    for name, each in {"base": base, "tuned": tuned}.items():
-        if not isinstance(each, Evaluation) or not each.exchanges:
-            raise FinetuningError(f"`{name}` must be an evaluation of one row or more, got {str(each):.60}; "
-                                  "`evaluate` makes one")
-    if not isinstance(n_resamples, int) or n_resamples < 1:
-        raise FinetuningError(f"`n_resamples` must be a whole number, 1 or more, got {n_resamples!r:.60}; take 2000")
+    check_kind(Evaluation, base=base, tuned=tuned)
+    check_kind("count", n_resamples=n_resamples)
+    check_kind("whole", seed=seed)
+    if not base.exchanges or not tuned.exchanges:
+        raise FinetuningError("`base` and `tuned` must have a row at least; `evaluate` some questions")
     if (base.prompts, base.references) != (tuned.prompts, tuned.references):
         raise FinetuningError("`base` and `tuned` were asked different questions; evaluate both on the same records")
     shared = [metric for metric in base.metrics if metric.name in tuned.counts]
@@ -225,5 +235,9 @@ def samples_table(
 ) -> str:  # a Markdown table
     "Show questions with the answers before and after"
     names = ("prompt", "reference", "before", "after")
+    check_kind([dict], samples=samples)
+    if lacking := [name for sample in samples for name in names if name not in sample]:
+        raise FinetuningError(f"`samples` must have {', '.join(names)} in each place, and one lacks `{lacking[0]}`; "
+                              "`Comparison.samples` makes them")
     rows = [[plain_cell(sample[name]) for name in names] for sample in samples]
     return markdown_table(["question", "wanted", "base", "tuned"], rows)

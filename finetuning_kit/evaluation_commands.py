@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'add_asking', 'add_measures', 'add_evaluate', 'add_compare', 'find_model', 'choose_metrics', 'fit_task',
-           'open_evaluation', 'read_questions', 'usual_for', 'tell_now_and_then', 'ask_model', 'joined_verdict',
-           'present_card', 'run_evaluate', 'kept_probes', 'compare_models', 'run_compare']
+           'open_evaluation', 'read_questions', 'to_be_read', 'usual_for', 'tell_now_and_then', 'read_wanted',
+           'ask_model', 'joined_verdict', 'present_card', 'run_evaluate', 'kept_probes', 'compare_models',
+           'run_compare']
 
 # %% ../nbs/102_evaluation_commands.ipynb #248c554e
 import argparse
@@ -23,11 +24,16 @@ def add_asking(
 ) -> None:  # the parser is changed
     "Add the flags that say what is asked, and how"
     from finetuning_kit.config import DatasetFormat
+    from finetuning_kit.questions import LONG_PROMPTS
 
     forms = [each.value for each in DatasetFormat]
     parser.add_argument("--questions", "--dataset", metavar="X", required=required,
                         help="rows with the answers wanted: a file, a folder, a Hub name, pocket:test")
     parser.add_argument("--mapping", metavar="X", help="how their columns are read (default: it is found out)")
+    parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop", help="what happens to rows that cannot "
+                        "be asked (default stop)")
+    parser.add_argument("--long-prompts", choices=LONG_PROMPTS, default="refuse", help="what happens to questions that "
+                        "leave no room for an answer (default refuse)")
     parser.add_argument("--limit", metavar="N", type=count, help="ask the first N questions only")
     parser.add_argument("--dataset-format", choices=forms, help="how a question is shown to the model (default: as in "
                         "its run, otherwise by its chat template)")
@@ -162,19 +168,38 @@ def open_evaluation(
 # %% ../nbs/102_evaluation_commands.ipynb #0284f8bf
 def read_questions(
     options: dict,  # what the command line gave
-) -> tuple[list, list[dict]]:  # records, and the columns of their rows
+) -> tuple[list, list[dict], list[str]]:  # records, the columns of their rows, and what was left out
     "Read what is asked"
+    from itertools import islice
+
+    from finetuning_kit.ledger import Ledger
     from finetuning_kit.loading import iter_records
-    from finetuning_kit.reading import read_rows
     from finetuning_kit.settings import FinetuningError
 
-    rows = read_rows(options["questions"])[:options["limit"]]
-    if not rows:
+    ledger = Ledger(options["on_bad"])
+    pairs = list(islice(iter_records(options["questions"], options["mapping"], ledger), options["limit"]))
+    ledger.settle()
+    if not pairs:
         raise FinetuningError(f"`{options['questions']}` has no questions to ask")
-    pairs = list(iter_records(rows, options["mapping"]))
-    return [record for _, record in pairs], [row.data for row, _ in pairs]
+    n_bad = ledger.n_rejected.total()
+    notes = [f"{n_bad} of {ledger.n_rows} rows cannot be asked and were left out; the first is "
+             f"{ledger.rejects[0].place}: {ledger.rejects[0].problem}"] if n_bad else []
+    return [record for _, record in pairs], [row.data for row, _ in pairs], notes
 
 # %% ../nbs/102_evaluation_commands.ipynb #329ecf77
+def to_be_read(
+    questions: tuple,  # as `read_questions` gives them
+) -> list:  # exchanges without answers; those with an answer wanted as if a model had read it
+    "Prepare rows for the question whether a metric suits them"
+    from dataclasses import replace
+
+    from finetuning_kit.likelihood import MEASURED
+    from finetuning_kit.questions import open_questions
+
+    exchanges, read = open_questions(*questions[:2]).exchanges, dict.fromkeys(MEASURED, 1.0)
+    return [each if each.reference is None else replace(each, extra={**each.extra, **read}) for each in exchanges]
+
+
 def usual_for(
     records: list,  # questions, with or without the answers wanted
 ) -> tuple:  # metrics
@@ -204,10 +229,26 @@ def tell_now_and_then(
     return tell
 
 # %% ../nbs/102_evaluation_commands.ipynb #f2ff4216
+def read_wanted(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    questions: tuple,  # as `read_questions` gives them
+    metrics: tuple,  # what is measured
+    formatter=None,  # None: the chat template
+) -> list[dict]:  # the rows' columns; where perplexity is asked for, with what it needs
+    "Let the model read the answers wanted, if a metric goes by their likelihood"
+    from finetuning_kit.likelihood import MEASURED, likelihood_extras
+
+    if not any(set(MEASURED) & set(metric.needs) for metric in metrics):
+        return questions[1]
+    return [{**row, **read} for row, read in zip(questions[1], likelihood_extras(
+        model, tokenizer, questions[0], formatter))]
+
+
 def ask_model(
     name: str,  # as it was typed
     options: dict,  # what the command line gave
-    questions: tuple,  # records, and the columns of their rows
+    questions: tuple,  # as `read_questions` gives them
     metrics: tuple | None = None,  # None: the usual ones, as far as the rows allow
     keep_in: Path | None = None,  # file that keeps each answer at once; None: none
     say=lambda title, text: None,  # hears how far it is
@@ -227,8 +268,10 @@ def ask_model(
     sentences, tokenizer = read_probe(options["probe"]) if options["probe"] else [], load_tokenizer(place)
     model = load_model(place, options["load_in_4bit"], options["precision"],
                        options["device"] or probe_machine().device)
+    metrics = metrics or usual_for(questions[0])
+    columns = read_wanted(model, tokenizer, questions, metrics, formatter)
     found = evaluate(model, tokenizer, questions[0], formatter, options["max_new_tokens"], options["batch_size"],
-                     tell_now_and_then(say, name), metrics or usual_for(questions[0]), questions[1], keep_in)
+                     tell_now_and_then(say, name), metrics, columns, keep_in, options["long_prompts"])
     return found, ask_probe(model, tokenizer, sentences) if sentences else None
 
 # %% ../nbs/102_evaluation_commands.ipynb #24501b7d
@@ -298,12 +341,11 @@ def run_evaluate(
 ) -> int:  # 0
     "Ask a model questions, and say how well it answers"
     from finetuning_kit.evaluation import compare
-    from finetuning_kit.questions import open_questions
     from finetuning_kit.scorecards import score_lines, to_scorecard
     from finetuning_kit.side_by_side import name_apart, save_answers
 
     metrics, questions = choose_metrics(options["metrics"], options["task"]), read_questions(options)
-    metrics, left_out = fit_task(options, metrics, open_questions(*questions).exchanges)
+    metrics, left_out = fit_task(options, metrics, to_be_read(questions))
     names = [name for name in (options["base"], options["model"]) if name]
     for name in names:
         find_model(name)
@@ -318,8 +360,8 @@ def run_evaluate(
     answers, probes = zip(*found)
     apart = name_apart(list(map(Path, names)))
     title = f"{' against '.join(apart[::-1])}, asked {options['questions']}"
-    card = to_scorecard(compare(*answers) if len(names) == 2 else answers[0], apart, title, left_out)
-    card.notes += [note for each in answers for note in getattr(each, "notes", [])]
+    card = to_scorecard(compare(*answers) if len(names) == 2 else answers[0], apart, title, left_out + questions[2])
+    card.notes += dict.fromkeys(note for each in answers for note in each.notes)
     if all(probes):
         card.lines += score_lines(compare(*probes) if len(names) == 2 else probes[0])
     present_card(card, options, folder)
@@ -348,7 +390,6 @@ def compare_models(
 ) -> tuple:  # a `Scorecard`, and a `Comparison` of the probe or None
     "Ask two models the same questions"
     from finetuning_kit.evaluation import compare
-    from finetuning_kit.questions import open_questions
     from finetuning_kit.scorecards import to_scorecard
     from finetuning_kit.settings import FinetuningError
     from finetuning_kit.side_by_side import name_apart
@@ -359,11 +400,12 @@ def compare_models(
     for name in names:
         find_model(name)
     questions, say = read_questions(options), (lambda *_: None) if options["json"] else Screen().line
-    metrics, left_out = fit_task(options, metrics, open_questions(*questions).exchanges)
+    metrics, left_out = fit_task(options, metrics, to_be_read(questions))
     found, probes = zip(*(ask_model(name, options, questions, metrics, say=say) for name in names))
     apart = name_apart(list(map(Path, names)))
     title = f"{apart[1]} against {apart[0]}, asked {options['questions']}"
-    card = to_scorecard(compare(*found), apart, title, left_out)
+    card = to_scorecard(compare(*found), apart, title, left_out + questions[2])
+    card.notes += dict.fromkeys(note for each in found for note in each.notes)
     return card, compare(*probes) if all(probes) else None
 
 # %% ../nbs/102_evaluation_commands.ipynb #e337998f

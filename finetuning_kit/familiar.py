@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['ROUGE', 'FAMILIAR', 'AGAINST', 'familiar_metrics', 'base_form', 'gains', 'compare_with_base', 'suited_metrics',
-           'evaluate_finetuned_model', 'LabelledScores']
+__all__ = ['ROUGE', 'FAMILIAR', 'GAIN', 'AGAINST', 'familiar_metrics', 'base_form', 'gains', 'compare_with_base',
+           'suited_metrics', 'evaluate_finetuned_model', 'LabelledScores']
 
 # %% ../nbs/082_familiar.ipynb #7575b3c7
 from .asking import Answer
@@ -20,7 +20,9 @@ from .formatting import DatasetFormatter, nearest_name
 from .metrics import (
     ACCURACY, BLEU, EXACT_MATCH, ROUGE_1, ROUGE_2, ROUGE_L, TOKEN_F1, Exchange, Metric)
 from .questions import open_questions, suit_notes
+from .runs import check_kind
 from .settings import FinetuningError
+from .verdicts import verdicts_of
 
 # %% ../nbs/082_familiar.ipynb #d8cdcc9a
 ROUGE = {"rouge1": ROUGE_1, "rouge2": ROUGE_2, "rougeL": ROUGE_L}  # always measured
@@ -31,6 +33,7 @@ def familiar_metrics(
     names: list[str] | tuple[str, ...],  # such as ["accuracy", "f1", "bleu"]
 ) -> dict[str, Metric]:  # name as asked -> metric; ROUGE-1, 2 and L come last, asked for or not
     "Find metrics by the names that scripts use"
+    check_kind(["text"], metrics=names)
     unknown = [name for name in names if name not in (*FAMILIAR, "rouge")]
     if unknown:
         near = nearest_name(unknown[0], frozenset(FAMILIAR))
@@ -54,15 +57,17 @@ def base_form(
         yield None
 
 
+GAIN = ("before", "after", "difference", "low", "high", "verdict")  # what is said of each score
+
+
 def gains(
     base: Evaluation,  # before
     tuned: Evaluation,  # after, on the same questions
     chosen: dict[str, Metric],  # name as asked -> metric
-) -> dict[str, dict]:  # name -> before, after, difference, and the ends of its 95 % interval
+) -> dict[str, dict]:  # name -> before, after, difference, the ends of its 95 % interval, verdict
     "Say by how much each score changed"
-    changes = compare(base, tuned).to_dict()["changes"]
-    return {name: {key: changes[metric.name][key] for key in ("before", "after", "difference", "low", "high")}
-            for name, metric in chosen.items()}
+    judged = verdicts_of(compare(base, tuned))
+    return {name: {key: getattr(judged[metric.name], key) for key in GAIN} for name, metric in chosen.items()}
 
 # %% ../nbs/082_familiar.ipynb #16329e36
 def compare_with_base(
@@ -70,11 +75,12 @@ def compare_with_base(
     references: list[str],  # what it should have written
     base_predictions: list[str] | None = None,  # what the base wrote, asked the same
     metrics: list[str] | tuple[str, ...] = ("accuracy", "f1", "bleu"),  # names; ROUGE comes with them
-) -> dict[str, dict]:  # name -> before, after, difference, and the ends of its 95 % interval
+) -> dict[str, dict]:  # name -> before, after, difference, the ends of its 95 % interval, verdict
     "Compare a tuned model's answers with the base's own"
     if base_predictions is None:
         raise FinetuningError("`base_predictions` is missing: an improvement over the base needs the base's own "
                               "answers to the same questions; `evaluate_finetuned_model` asks for them by itself")
+    check_kind(["text"], base_predictions=base_predictions, predictions=predictions, references=references)
     lengths = len(base_predictions), len(predictions), len(references)
     if len(set(lengths)) > 1 or not lengths[0]:
         raise FinetuningError(f"base, tuned model and references must have the same number of rows, and one at least; "
@@ -114,6 +120,8 @@ def evaluate_finetuned_model(
     on_progress: Callable[[int, int], None] | None = None,  # called with (answered, total) after each batch
 ) -> dict:  # a score a metric (None: it says nothing here), `improvement` over the base, `n_rows`, `notes`
     "Score a tuned model's answers, and compare them with the base's own"
+    check_kind([object], eval_dataset=eval_dataset)
+    check_kind(("path", None), keep_in=keep_in)
     rows = list(eval_dataset)
     named = familiar_metrics(metrics)
     chosen, notes = suited_metrics(named, rows)

@@ -221,8 +221,8 @@ def in_flags(
     def flagged(found):
         verb, value, flag = found[1] or "", found[4], "--" + (found[2] or found[3]).replace("_", "-")
         action = parser._option_string_actions.get(flag)
-        choices = schema_of(FineTuningConfig, tuple(action.dest.split("."))).get("enum", ()) if action else ()
-        typed = value in ("auto", "true", *choices) or re.fullmatch(r'"[^"]*"|-?\d[\d.e-]*|weights:.+', value)
+        known = action and (action.choices or schema_of(FineTuningConfig, tuple(action.dest.split("."))).get("enum"))
+        typed = value in ("auto", "true", *(known or ())) or re.fullmatch(r'"[^"]*"|-?\d[\d.e-]*|weights:.+', value)
         if not action or not typed:
             return found[0]
         return f"{verb and 'add '}`{flag}`" if action.nargs == 0 else f"{verb and 'add '}`{flag} {value}`"

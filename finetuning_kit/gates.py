@@ -22,6 +22,7 @@ from .evaluation import Comparison, Evaluation
 from .likelihood import completions_right
 from .metrics import Exchange, Metric, row_metric
 from .reading import read_rows
+from .runs import check_kind, is_count
 from .settings import FinetuningError, markdown_table
 from .verdicts import MetricVerdict, amount_words, judge_change, rows_needed
 
@@ -81,6 +82,13 @@ class RunNoise:
     n_runs: int  # runs that were measured
     source: str  # what they were, in words
 
+    def __post_init__(self):
+        check_kind(dict, spread=self.spread)
+        check_kind("text", source=self.source)
+        if not is_count(self.n_runs, 2):
+            raise FinetuningError(f"`n_runs` must be 2 or more, got {self.n_runs!r:.60}; one run says nothing of "
+                                  "others")
+
     def margin(self, metric: str) -> float:
         "How far a single run may lie from the mean of all runs, 19 times in 20; no number: not measured"
         return WIDTHS[min(self.n_runs - 2, len(WIDTHS) - 1)] * self.spread.get(metric, math.nan)
@@ -92,7 +100,8 @@ def run_noise(
 ) -> RunNoise:  # of every metric that was measured
     "Measure how far scores move from run to run"
     spread = {}
-    for evaluations in repeats:
+    for evaluations in repeats or [[]]:
+        check_kind([Evaluation], repeats=evaluations)
         if len(evaluations) < 2 or len({tuple(each.prompts) for each in evaluations}) > 1:
             raise FinetuningError(f"noise needs two runs or more that were asked the same questions, got "
                                   f"{len(evaluations)}; train again with other values of `seed`")
@@ -275,10 +284,12 @@ def gate_of(
     alpha: float = 0.05,  # level of each question; all must pass, so none needs correcting
 ) -> Gate:  # passed, failed or undecided, with reasons and exit code
     "Join task and probe into one verdict"
-    for name, each in {"comparison": comparison, "probe": probe}.items():
-        if not isinstance(each, Comparison) and (name, each) != ("probe", None):
-            raise FinetuningError(f"`{name}` must be what `compare` gives, got {str(each):.60}")
-    if not all(isinstance(each, (int, float)) for each in (budget, gain)) or not (0 < budget < 1 and gain >= 0):
+    check_kind(Comparison, comparison=comparison)
+    check_kind((Comparison, None), probe=probe)
+    check_kind((RunNoise, None), noise=noise)
+    check_kind(("name", None), metric=metric)
+    check_kind("number", budget=budget, gain=gain)
+    if not (0 < budget < 1 and gain >= 0):
         raise FinetuningError(f"`budget` must lie between 0 and 1, as 0.02 for two points, and `gain` be 0 or more; "
                               f"got {budget} and {gain}; that nothing at all is lost can't be shown with any rows")
     checks = [gate_check("task", comparison, judged_metrics(comparison, metric)[0], gain, noise, group, alpha)]

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ import torch
 from .asking import Answer
 from .evaluation import Evaluation
 from .metrics import Exchange, Metric, row_metric
-from .models import quiet_libraries
+from .models import check_things, quiet_libraries
+from .relief import is_memory_full
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError, markdown_table
 
 # %% ../nbs/083_harness.ipynb #98ef3b15
@@ -47,7 +50,7 @@ def quiet_harness():  # use as `with quiet_harness():`
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels, states = [logger.level for logger in loggers], (random.getstate(), np.random.get_state())
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what fails is raised, and told by `run_harness`
     no_git = patch("lm_eval.evaluator.get_git_commit_hash", lambda: None)  # it starts git, which complains
     try:
         with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(), no_git:
@@ -66,6 +69,11 @@ def write_task(
     max_new_tokens: int = 32,  # tokens a written answer may have
 ) -> Path:  # the YAML file
     "Write rows as a task that the harness can run without a network"
+    check_kind("path", folder=folder)
+    check_kind([dict], rows=rows)
+    check_kind("count", max_new_tokens=max_new_tokens)
+    if not kind_fits(name, "name") or not re.fullmatch(r"[\w.-]+", name):
+        raise FinetuningError(f"`name` must be letters, digits, _, - and ., for it names files; got {name!r:.60}")
     if not rows:
         raise FinetuningError("a task needs rows: `rows` is empty")
     chosen = "choices" in rows[0]
@@ -244,15 +252,15 @@ def _read_evaluation(
     return Evaluation(exchanges, tuple(metrics))
 
 
-def _check_run(tokenizer, tasks: list[str], chat: bool, limit: int | None, batch_size: int) -> None:
-    if isinstance(tasks, str) or not tasks:
-        raise FinetuningError(f"`tasks` must be a list of names, got {tasks!r}")
+def _check_run(model, tokenizer, tasks: list[str], chat: bool, **counts) -> None:
+    check_things({"model": model, "tokenizer": tokenizer})
+    check_kind(["name"], tasks=tasks)
+    if not tasks:
+        raise FinetuningError("`tasks` is empty; name one at least, such as [\"mine\"]")
     if chat and not tokenizer.chat_template:
         raise FinetuningError("the tokenizer has no chat template; set one, or pass `chat=False` for a model that was "
                               "never meant to chat")
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise FinetuningError(f"`{name}` must be at least 1, got {value}")
+    check_kind(("count", None), **counts)
 
 # %% ../nbs/083_harness.ipynb #843e6636
 def run_harness(
@@ -268,7 +276,9 @@ def run_harness(
     network: bool = False,  # True: tasks may download their rows
 ) -> HarnessRun:  # scores with standard errors; rows that `compare` can pair
     "Run tasks of lm-evaluation-harness on a model in memory"
-    _check_run(tokenizer, tasks, chat, limit, batch_size)
+    _check_run(model, tokenizer, tasks, chat, limit=limit, batch_size=batch_size)
+    check_kind(("whole", None), num_fewshot=num_fewshot, seed=seed)
+    check_kind(("path", None), folder=folder)
     harness, was_training = import_harness(), model.training
     manager = find_tasks(tasks, folder, network)
     try:
@@ -278,6 +288,12 @@ def run_harness(
                 wrapped, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit,
                 apply_chat_template=chat, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                 fewshot_random_seed=seed, bootstrap_iters=1000)
+    except Exception as error:
+        if isinstance(error, FinetuningError) or is_memory_full(error):
+            raise
+        raise FinetuningError(f"lm-evaluation-harness failed on {', '.join(tasks)} ({type(error).__name__}: "
+                              f"{str(error.__cause__ or error)[:300]}); mend the task's files, or ask less of it, "
+                              "such as a smaller `num_fewshot`") from error
     finally:
         model.train(was_training)
     scores = {task: _read_scores(figures) for task, figures in told["results"].items()}

@@ -20,6 +20,7 @@ from .conversations import TEMPLATE_MARKS, spoil, word_groups
 from .endpoints import Reply, ask_all
 from .metrics import Exchange, Metric
 from .records import Conversation
+from .runs import check_kind
 from .settings import FinetuningError, value_words
 from .tokens import encode_prompt
 
@@ -37,6 +38,8 @@ def fence(
     parts: dict[str, str],  # name -> text, such as {"question": …, "answer A": …}
 ) -> str:  # the texts, each between marks that none of them can hold
     "Put texts one after another so that none can end early or pretend to be another"
+    check_kind(dict, parts=parts)
+    check_kind(["text"], parts=list(parts.values()))
     code = hashlib.blake2b("\0".join(parts.values()).encode(errors="replace"), digest_size=6).hexdigest()
     plain = {name: TEMPLATE_MARKS.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text) for name, text in parts.items()}
     return "\n".join(f"<{name} {code}>\n{text}\n</{name} {code}>" for name, text in plain.items())
@@ -123,6 +126,8 @@ def key_judge(
     key: dict[str, str],  # question -> the right answer
 ) -> Callable:  # messages -> Reply
     "Make a judge that knows the right answers: the control that shows whether the machinery works"
+    check_kind(dict, key=key)
+
     def nearness(text, wanted):
         said, right = word_groups(text, 1), word_groups(wanted, 1)
         return 2 * (said & right).total() / max(1, said.total() + right.total())
@@ -187,7 +192,10 @@ class PairVerdicts:
                 f"readable; win rate {self.win_rate:.1%}, position bias {self.position_bias:+.1%})")
 
 # %% ../nbs/070_judging.ipynb #53061000
-def _check_rows(*columns):
+def _check_rows(judge, *columns):
+    check_kind(Judge, judge=judge)
+    for column in columns:
+        check_kind([object], questions_and_answers=column)
     if any(not isinstance(text, str) for column in columns for text in column):
         raise FinetuningError("a judge compares texts; a question, an answer or its rival is none")
     sizes = {len(column) for column in columns}
@@ -203,7 +211,7 @@ def judge_pairs(
     seconds: list[str],  # the other
 ) -> PairVerdicts:  # wins of the first, losses, ties, and the bias
     "Compare two answers to each question, in both orders; the same answer twice is a tie, and not asked for"
-    _check_rows(questions, firsts, seconds)
+    _check_rows(judge, questions, firsts, seconds)
     rows = list(zip(questions, firsts, seconds))
     replies = iter(judge.hear([pair_messages(question, *pair, judge.rubric)
                                for question, a, b in rows if a != b for pair in ((a, b), (b, a))]))
@@ -217,7 +225,7 @@ def judge_answers(
     answers: list[str],  # an answer to each
 ) -> list[float | None]:  # grades from 1 to 10; None: not readable
     "Grade each answer by itself"
-    _check_rows(questions, answers)
+    _check_rows(judge, questions, answers)
     prompts = [score_messages(*row, judge.rubric) for row in zip(questions, answers)]
     return [read_grade(reply) for reply in judge.hear(prompts)]
 
@@ -278,6 +286,10 @@ def calibrate_judge(
     seed: int = 0,  # of the choice of rows
 ) -> Calibration:  # right, wrong, tied, unreadable; the bias; verdicts turned by a plea
     "Examine a judge where the right verdict is known"
+    check_kind(Judge, judge=judge)
+    check_kind([Exchange], exchanges=exchanges)
+    check_kind("count", n_pairs=n_pairs)
+    check_kind("whole", seed=seed)
     if kind not in ("pairs", "grades"):
         raise FinetuningError(f"`kind` must be pairs or grades, got {value_words(kind)}")
     good = [replace(each, answer=replace(each.answer, text=each.reference)) for each in exchanges if each.reference]
@@ -297,6 +309,7 @@ def calibrate_judge(
 
 # %% ../nbs/070_judging.ipynb #55ddac9f
 def _check_trust(judge, kind, untrusted):
+    check_kind(Judge, judge=judge)
     found = judge.examined.get(kind)
     if not untrusted and not (found and found.is_trusted):
         said = f"its examination says: {found}" if found else "it has not been examined"

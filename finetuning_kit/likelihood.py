@@ -17,8 +17,9 @@ from .asking import Answer
 from .encoding import encode_safely
 from .formatting import to_messages
 from .metrics import Exchange, Metric
-from .models import stop_token_ids
-from .records import TrainingSample
+from .models import check_things, stop_token_ids
+from .records import Row, TrainingSample
+from .runs import check_kind, is_count
 from .settings import FinetuningError
 from .templates import Span
 from .tokens import encode_record
@@ -54,8 +55,10 @@ def _check_pieces(
     batch_size: int,  # pieces read at once
 ) -> None:  # raises for what cannot be read
     "Refuse what a model cannot read, before it begins"
-    if batch_size < 1:
-        raise FinetuningError(f"`batch_size` must be at least 1, got {batch_size}; 8 is a good start")
+    check_things({"model": model})
+    check_kind([Continuation], pieces=pieces)
+    if not is_count(batch_size, 1):
+        raise FinetuningError(f"`batch_size` must be at least 1, got {batch_size!r:.60}; 8 is a good start")
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     for row, piece in enumerate(pieces):
         if len(piece.ids) > context:
@@ -93,6 +96,7 @@ def measure_likelihoods(
 ) -> list[Likelihood]:  # one for each piece, in their order
     "Let a model read pieces of text, and note how likely it held them"
     _check_pieces(model, pieces, batch_size)
+    check_kind(("function", None), on_progress=on_progress)
     order = sorted(range(len(pieces)), key=lambda row: -len(pieces[row].ids))
     found, was_training = [None] * len(pieces), model.training
     model.eval()
@@ -179,6 +183,9 @@ def text_exchanges(
     on_progress: Callable[[int, int], None] | None = None,  # called with (read, total) after each batch
 ) -> list[Exchange]:  # for PERPLEXITY and BITS_PER_BYTE
     "Let a model read plain texts"
+    check_things({"model": model, "tokenizer": tokenizer})
+    check_kind(["text"], texts=texts)
+    check_kind(("count", None), context=context)
     longest = getattr(model.config, "max_position_embeddings", None) or 2048
     if context is not None and context > longest:
         raise FinetuningError(f"`context` must be at most {longest}, the model's own, got {context}")
@@ -214,6 +221,8 @@ def likelihood_extras(
     on_progress: Callable[[int, int], None] | None = None,  # called with (read, total) after each batch
 ) -> list[dict]:  # one for each record, to be passed to `evaluate` as `extras`
     "Measure how likely a model holds the answers wanted"
+    check_things({"model": model, "tokenizer": tokenizer})
+    check_kind([object], records=records)
     pieces = []
     for row, record in enumerate(records):
         try:
@@ -303,6 +312,8 @@ def choice_exchanges(
     on_progress: Callable[[int, int], None] | None = None,  # called with (read, total) after each batch
 ) -> list[Exchange]:  # the likeliest choice as the answer; for `choice_accuracy`
     "Let a model read every choice behind its question"
+    check_things({"model": model, "tokenizer": tokenizer})
+    check_kind([dict], rows=rows)
     asked = [read_choices(row, f"`rows[{place}]`") for place, row in enumerate(rows)]
     pieces = [encode_continuation(tokenizer, prompt, choice) if plain else
               reference_piece(tokenizer, TrainingSample(prompt, output=choice), formatter)
@@ -327,11 +338,13 @@ def completions_right(
     separator: str = " ",  # put between prompt and completion where neither brings white space
 ) -> list[bool]:  # one a row
     "Find out which plain-text prompts a model goes on with exactly as expected"
+    check_things({"model": model, "tokenizer": tokenizer})
     if not rows:
         raise FinetuningError("there is nothing to score: `rows` is empty; load some with `read_rows`")
+    check_kind([(dict, Row)], rows=rows)
     rows = [getattr(row, "data", row) for row in rows]
     for row in rows:
-        if not row.get("prompt") or not row.get("completion"):
+        if not all(isinstance(row.get(name), str) and row[name] for name in ("prompt", "completion")):
             raise FinetuningError("a completion row needs text in `prompt` and `completion`, got the keys "
                                   f"{sorted(row)}")
     pieces = [encode_continuation(tokenizer, row["prompt"], row["completion"], separator) for row in rows]

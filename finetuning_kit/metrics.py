@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
@@ -19,16 +20,18 @@ from typing import Literal
 import numpy as np
 
 from .asking import Answer, exact_match, normalise_answer
+from .runs import check_kind, is_count
 from .settings import FinetuningError
 
 # %% auto #0
 __all__ = ['EXACT_MATCH', 'TOKEN_F1', 'STOP_RATE', 'USUAL_METRICS', 'LENGTH', 'LENGTH_RATIO', 'TOKENIZERS', 'BLEU', 'CHRF',
            'UNSPACED', 'ROUGE_1', 'ROUGE_2', 'ROUGE_L', 'ACCURACY', 'MACRO_F1', 'REPETITION', 'N_COLUMNS', 'DISTINCT_1',
            'DISTINCT_2', 'DISTINCT_1_ROW', 'DISTINCT_2_ROW', 'Exchange', 'mean_of_counts', 'Metric', 'row_metric',
-           'missing_needs', 'needs_problem', 'count_rows', 'optional_module', 'package_version', 'token_f1',
-           'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced', 'unicode_words',
-           'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels', 'macro_f1_of_counts',
-           'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct', 'distinct_of_counts', 'distinct']
+           'missing_needs', 'needs_problem', 'told_by_metric', 'count_rows', 'optional_module', 'package_version',
+           'token_f1', 'count_letters', 'bleu_of_counts', 'chrf_of_counts', 'bleu', 'chrf', 'is_unspaced',
+           'unicode_words', 'check_pairs', 'rouge_rows', 'rouge_scores', 'rouge', 'read_label', 'read_labels',
+           'macro_f1_of_counts', 'accuracy', 'macro_f1', 'ngrams', 'repeated_share', 'count_distinct',
+           'distinct_of_counts', 'distinct']
 
 # %% ../nbs/065_metrics.ipynb #1501f497
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class Metric:
     percent: bool = True  # shown in per cent; False: as a plain number
     source: str = ""  # who computes it, with version and settings, or the paper that defines it
 
+    def __post_init__(self):
+        check_kind("function", count=self.count, figure=self.figure)
+        check_kind({"higher", "lower", "neither"}, better=self.better)
+        check_kind(["name"], name=[self.name], needs=self.needs)
+
 # %% ../nbs/065_metrics.ipynb #b8ab4901
 def row_metric(
     name: str,  # as tables and JSON have it
@@ -74,6 +82,7 @@ def row_metric(
     **options,  # `better`, `needs`, `percent`, `source` of `Metric`
 ) -> Metric:  # its figure is the mean of the rows that have a value
     "Make a metric from a score of single rows"
+    check_kind("function", score=score)
     def count(exchanges):
         values = [score(exchange) for exchange in exchanges]
         return np.array([[0.0, 0.0] if value is None else [value, 1.0] for value in values]).reshape(-1, 2)
@@ -100,6 +109,18 @@ def needs_problem(
             f"first is row {missing[0] + 1}; add it, or leave the metric out") if missing else ""
 
 # %% ../nbs/065_metrics.ipynb #443fe6fe
+@contextmanager
+def told_by_metric(metric: Metric):  # use as `with told_by_metric(metric):`
+    "Turn a fault in a metric into a sentence"
+    try:
+        yield
+    except FinetuningError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend "
+                              "it, for empty answers too; `keep_in` keeps answers") from error
+
+
 def count_rows(
     metric: Metric,  # what is measured
     exchanges: list[Exchange],  # with their answers
@@ -107,16 +128,16 @@ def count_rows(
     "Count in every row, and refuse rows that lack what the metric needs"
     if problem := needs_problem(metric, exchanges):
         raise FinetuningError(problem)
-    try:
+    with told_by_metric(metric):
         counts = np.asarray(metric.count(exchanges), dtype=float)
-    except FinetuningError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FinetuningError(f"the metric `{metric.name}` failed ({type(error).__name__}: {str(error)[:200]}); mend "
-                              "it; answers that `keep_in` keeps are not asked for again") from error
     if counts.ndim != 2 or len(counts) != len(exchanges):
         raise FinetuningError(f"the metric `{metric.name}` must count [n_rows, n_counts] numbers, got the shape "
                               f"{counts.shape} for {len(exchanges)} rows; `row_metric` makes one from a row's score")
+    with told_by_metric(metric):
+        shapes = [np.asarray(metric.figure(sums), float).shape for sums in (counts, counts.sum(0)) if len(counts)]
+    if shapes not in ([], [(len(counts),), ()]):
+        raise FinetuningError(f"the `figure` of the metric `{metric.name}` must make [...] figures of [..., n_counts] "
+                              f"sums, as `counts[..., 0]` does; got the shapes {shapes[0]} and {shapes[1]}")
     return counts
 
 # %% ../nbs/065_metrics.ipynb #7050f823
@@ -288,6 +309,7 @@ def check_pairs(
     references: list,  # and its partner
 ) -> None:  # raises for what cannot be compared
     "Refuse lists that cannot be compared row by row"
+    check_kind([object], answers=answers, references=references)
     if len(answers) != len(references):
         raise FinetuningError(f"the lists must have the same length, got {len(answers)} and {len(references)} rows; "
                               "row for row, both must belong to the same question")
@@ -322,8 +344,8 @@ def rouge(
     tokenize: Callable[[str], list[str]] | None = None,  # such as `unicode_words`; None: rouge-score's, Latin only
 ) -> Metric:  # the mean of the rows' F-measures
     "Measure ROUGE with rouge-score"
-    if not re.fullmatch("rouge([1-9]|L|Lsum)", kind):
-        raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r}")
+    if not re.fullmatch("rouge([1-9]|L|Lsum)", str(kind)):
+        raise FinetuningError(f"`kind` must be rouge1 to rouge9, rougeL or rougeLsum, got {kind!r:.60}")
 
     def count(exchanges):
         pairs = [each.text for each in exchanges], [each.reference for each in exchanges]
@@ -475,8 +497,8 @@ def distinct(
     within: Literal["set", "answer"] = "set",  # "set": all answers together, as published; "answer": the mean of each
 ) -> Metric:  # distinct n-grams for each word
     "Measure how varied answers are"
-    if n < 1:
-        raise FinetuningError(f"`n` must be at least 1, got {n}; 1 and 2 are what papers report")
+    if not is_count(n, 1):
+        raise FinetuningError(f"`n` must be at least 1, got {n!r:.60}; 1 and 2 are what papers report")
     source, what = f"Li et al. 2016, distinct-{n}", "distinct words" if n == 1 else f"distinct runs of {n} words"
     if within == "set":
         return Metric(f"distinct_{n}", f"{what} of all answers, for each word",

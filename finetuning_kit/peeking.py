@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 
 import numpy as np
 
@@ -17,6 +18,8 @@ __all__ = ['BETS', 'bet_on_gains', 'evidence_of', 'Look', 'GainTest', 'look_word
 # %% ../nbs/081_peeking.ipynb #c152e20f
 from .evaluation import evaluate
 from .metrics import EXACT_MATCH, Metric
+from .models import check_things
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError
 from .verdicts import amount_words
 from .watching import Watcher
@@ -66,6 +69,11 @@ class GainTest:
     alpha: float = 0.05  # how often "better" may be wrong in a run, and how often "hopeless"
     batches: list[np.ndarray] = field(default_factory=list)  # differences, look by look
 
+    def __post_init__(self):
+        check_kind("count", n_looks=self.n_looks), check_kind("level", alpha=self.alpha)
+        if not kind_fits(self.wanted, "number") or not -1 < self.wanted < 1:
+            raise FinetuningError(f"`wanted` must be a number between -1 and 1, as 0.02, got {self.wanted!r:.60}")
+
     def evidence(self, bar: float) -> tuple[float, float]:
         "For a gain above a bar in any looks so far, and against it in the looks of the second half"
         late = self.batches[self.n_looks // 2:]
@@ -87,11 +95,11 @@ class GainTest:
         differences: list[float],  # of rows that no earlier look asked; tuned minus base, from -1 to 1
     ) -> Look:  # what is known now
         "Take in an evaluation"
-        values = np.asarray(differences, float)
-        values = values[np.isfinite(values)]
+        check_kind([Real], differences=differences)
+        values = np.array([each for each in differences if np.isfinite(each)], float)
         if len(values) and np.abs(values).max() > 1:
-            raise FinetuningError(f"a difference must lie between -1 and 1, got {values[np.abs(values).argmax()]:g}; "
-                                  "divide the scores by the largest possible one, or pass the signs of the differences")
+            raise FinetuningError(f"a difference must lie between -1 and 1, got {max(values, key=abs):g}; divide the "
+                                  "scores by the largest possible one, or pass the signs of the differences")
         self.batches.append(values)
         better, hopeless = self.evidence(self.wanted)
         verdict = "better" if better >= 1 / self.alpha else "hopeless" if hopeless >= 1 / self.alpha else "open"
@@ -124,6 +132,10 @@ def row_differences(
     after: list[float],  # the tuned model's
 ) -> list[float]:  # from -1 to 1, in the direction of progress; no number where a row says nothing
     "Put two models' rows against each other, row by row; unbounded scores by who won"
+    check_kind(Metric, metric=metric)
+    check_kind([Real], before=before, after=after)
+    if len(before) != len(after):
+        raise FinetuningError(f"`before` and `after` must be of the same rows, got {len(before)} and {len(after)}")
     if metric.better == "neither":
         raise FinetuningError(f"{metric.name} says nothing about progress; choose a metric whose `better` is higher or "
                               "lower")
@@ -149,6 +161,16 @@ class FreshRows(Watcher):
     ):
         super().__init__(None)  # `train` hands the run's own callback over
         row_differences(metric, [], [])  # refuses a metric without a direction
+        GainTest(1, wanted, alpha)  # and limits that no test has
+        check_things({"tokenizer": tokenizer})
+        check_kind([object], records=records)
+        check_kind([{"better", "hopeless"}], ends=ends)
+        check_kind(("count", None), rows_a_look=rows_a_look)
+        check_kind("whole", seed=seed)
+        check_kind(([dict], None), extras=extras)
+        check_kind([{"formatter", "max_new_tokens", "batch_size"}], asking=list(asking))
+        if extras is not None and len(extras) != len(records):
+            raise FinetuningError(f"`extras` has {len(extras)} rows for {len(records)} records; give one dict a record")
         order = np.random.default_rng(seed).permutation(len(records))
         self.records = [records[row] for row in order]
         self.extras = [extras[row] for row in order] if extras else None

@@ -5,14 +5,13 @@
 # %% ../nbs/076_questions.ipynb #a0bacaf6
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 # %% auto #0
-__all__ = ['SUITED', 'LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSet', 'open_questions', 'check_needs', 'suit_notes',
+__all__ = ['LONG_PROMPTS', 'read_question', 'to_exchange', 'QuestionSet', 'open_questions', 'check_needs', 'suit_notes',
            'repeat_notes', 'room_notes', 'context_length', 'shorten_prompt', 'fit_prompts', 'encode_questions',
            'check_ids', 'try_metric', 'prepare_questions']
 
@@ -22,9 +21,11 @@ from .formatting import DatasetFormatter, to_messages
 from .lengths import cut_prompt
 from .loading import iter_records
 from .methods import virtual_positions
-from .metrics import Exchange, Metric, missing_needs
+from .metrics import Exchange, Metric, count_rows, missing_needs
 from .models import check_things, quiet_libraries
 from .records import Message, Place, Row, TrainingSample
+from .runs import check_kind
+from .scoring import doubts_about
 from .settings import FinetuningError
 from .tokens import encode_batch, encode_prompt, uses_template
 
@@ -100,6 +101,7 @@ def open_questions(
     extras: list[dict] | None = None,  # a row's other fields, one dict a question; None: the columns of rows
 ) -> QuestionSet:  # not encoded yet
     "Read every question, and tell the first that cannot be read by its number"
+    check_kind([object], records=items)
     if extras is not None and len(extras) != len(items):
         raise FinetuningError(f"`extras` has {len(extras)} rows for {len(items)} questions; give one dict a question")
     found = QuestionSet([], [], [], list(range(len(items))))
@@ -133,39 +135,18 @@ def check_needs(
                               f"add it, leave these rows out, or leave `{metric.name}` out of `metrics`")
 
 # %% ../nbs/076_questions.ipynb #fbd1c21a
-SUITED = {  # metric -> is it zero for every other row; which references suit it; what it does, for the sentence
-    "bleu": (True, lambda text: len(text.split()) >= 4,
-             "counts runs of four words: a perfect answer of one word scores 0"),
-    "rouge2": (True, lambda text: len(re.findall("[a-z0-9]+", text.lower())) >= 2,
-               "counts pairs of words written in a to z and digits: a perfect answer of one word scores 0"),
-    **dict.fromkeys(("rouge1", "rougel"), (
-        True, lambda text: re.search("[a-z0-9]", text.lower()),
-        "reads the letters a to z and digits alone: a perfect answer in another script scores 0")),
-    **dict.fromkeys(("exact_match", "accuracy"), (
-        False, lambda text: len(text.split()) <= 30,
-        "asks for the reference to the letter, which hardly happens beyond 30 words")),
-}
-
-
 def suit_notes(
     asked: QuestionSet,  # questions and answers wanted
     metrics: tuple[Metric, ...],  # what shall be measured
-) -> list[str]:  # a sentence a metric that does not suit some rows
+) -> list[str]:  # a sentence for each doubt about a metric
     "Look whether each metric suits the answers wanted; refuse one that would be zero whatever the model says"
     notes, wanted = [], [each.reference for each in asked.exchanges]
     for metric in metrics:
-        is_zero, suits, what = SUITED.get(metric.name, (False, lambda text: True, ""))
-        unsuited = [n for n, text in enumerate(wanted) if text is not None and not suits(text)]
-        if unsuited and len(unsuited) == len(wanted) and is_zero:
-            raise FinetuningError(f"`{metric.name}` {what}, and no reference here suits it; "
-                                  "choose exact_match, token_f1 or chrf")
-        if unsuited:
-            notes.append(f"`{metric.name}` {what}: {asked.which(unsuited)}")
-    repeated = Counter(wanted)
-    n_alone = sum(repeated[text] == 1 for text in wanted)
-    if any(metric.name == "macro_f1" for metric in metrics) and 2 * n_alone > len(wanted):
-        notes.append(f"`macro_f1` takes references as labels, and {n_alone} of {len(wanted)} stand there only once; "
-                     "`token_f1` suits free text")
+        for doubt, unsuited in doubts_about(metric, wanted):
+            if doubt.is_zero and len(unsuited) == len(wanted):
+                raise FinetuningError(f"`{metric.name}` {doubt.words}, and no reference here suits it; "
+                                      f"choose {doubt.advice}")
+            notes.append(f"`{metric.name}` {doubt.words}: {asked.which(unsuited)}")
     return notes
 
 # %% ../nbs/076_questions.ipynb #47e3a041
@@ -252,7 +233,8 @@ def fit_prompts(
             asked.prompts[n] = shorten(asked.records[n], room)
     gone = {n for n in long if long_prompts == "drop" or asked.prompts[n] is None}
     n_cut = len(long) - len(gone)
-    told += f"; {len(gone)} are not asked" * bool(gone) + f"; {n_cut} are asked shortened" * bool(n_cut)
+    told += "".join(f"; {n} {'is' if n == 1 else 'are'} {what}" for n, what in (
+        (len(gone), "not asked"), (n_cut, "asked shortened")) if n)
     asked.notes.append(told)
     asked.keep([n for n in range(len(asked.prompts)) if n not in gone])
     if not asked.prompts:
@@ -268,7 +250,8 @@ def encode_questions(
     "Turn every question into what the model reads, and tell by number what cannot be asked"
     if uses_template(formatter) and not tokenizer.chat_template:
         raise FinetuningError("the tokenizer has no chat template, so nobody knows how the model expects a question; "
-                              "pass `formatter`, the one it was trained with, such as formatter_for(\"alpaca\")")
+                              "pass `formatter`, the one it was trained with, such as formatter_for(\"alpaca\") "
+                              "(`--dataset-format alpaca`)")
     problems = {}
     for n, record in enumerate(asked.records):
         try:
@@ -293,22 +276,13 @@ def check_ids(
 
 # %% ../nbs/076_questions.ipynb #8755ef1a
 def _check_lists(items, metrics, extras, formatter):
-    for name, value in {"records": items, "metrics": metrics, "extras": [] if extras is None else extras}.items():
-        if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__len__"):
-            raise FinetuningError(f"`{name}` must be a list, got {value!r:.60}; write [...] around it")
-    for metric in metrics:
-        if not isinstance(metric, Metric):
-            raise FinetuningError(f"`metrics` must hold metrics, such as EXACT_MATCH, got {metric!r:.60}; "
-                                  "`find_metric` looks a name up")
+    check_kind([object], records=items)
+    check_kind([Metric], metrics=metrics)
+    check_kind(([dict], None), extras=extras)
+    check_kind((DatasetFormatter, None), formatter=formatter)
     if twice := sorted(name for name, n in Counter(each.name for each in metrics).items() if n > 1):
         raise FinetuningError(f"`metrics` holds `{twice[0]}` more than once; give one of them another `name`, "
                               "or leave it out")
-    if odd := [row for row, each in enumerate(extras or []) if not isinstance(each, dict)]:
-        raise FinetuningError(f"`extras` must hold one dict a question, and row {odd[0] + 1} is "
-                              f"{extras[odd[0]]!r:.60}; write {{}} where there is nothing to add")
-    if formatter is not None and not isinstance(formatter, DatasetFormatter):
-        raise FinetuningError(f"`formatter` must be a formatter or None, got {formatter!r:.60}; make one, such as "
-                              "formatter_for(\"alpaca\")")
 
 # %% ../nbs/076_questions.ipynb #37c4c968
 def try_metric(
@@ -318,9 +292,9 @@ def try_metric(
 ) -> None:  # raises what would be raised afterwards
     "Measure empty answers, so that a missing package or label is missed now and not after an hour"
     began = time.perf_counter()
-    metric.count(exchanges[:1])
+    count_rows(metric, exchanges[:1])
     if time.perf_counter() - began < quick_s:  # one that runs programs or asks a model takes longer
-        metric.count(exchanges)
+        count_rows(metric, exchanges)
 
 
 def prepare_questions(

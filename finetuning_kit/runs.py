@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'disk_guard', 'sync_folder', 'staged', 'file_hash', 'RunFiles', 'RunLog',
-           'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given', 'check_count']
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'ARGUMENTS', 'MAKERS', 'disk_guard', 'sync_folder', 'staged', 'file_hash',
+           'RunFiles', 'RunLog', 'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given',
+           'is_count', 'check_count', 'kind_fits', 'kind_words', 'check_kind']
 
 # %% ../nbs/048_runs.ipynb #929cef92
 from .config import FineTuningConfig
@@ -45,8 +47,9 @@ def disk_guard(
             raise
         home = next(place for place in Path(path).absolute().parents if place.is_dir())
         free = shutil.disk_usage(home).free
+        what = "the disk is full" if getattr(error, "errno", 0) != errno.EFBIG else "no file may become so large here"
         raise FinetuningError(
-            f"the disk is full: `{path}` needs about {max(n_bytes, 1) / 2**20:,.2f} MiB, {free / 2**20:,.2f} MiB are "
+            f"{what}: `{path}` needs about {max(n_bytes, 1) / 2**20:,.2f} MiB, {free / 2**20:,.2f} MiB are "
             f"free; what was saved before is whole: make room, then {cure}") from error
 
 # %% ../nbs/048_runs.ipynb #d09676a5
@@ -67,13 +70,12 @@ def sync_folder(
 def staged(
     path: str | Path,  # the folder that shall appear; an older one of that name gives way
     n_bytes: int = 0,  # how much will be written, for the message of a full disk
-    cure: str = "go on with the run: `resume` set to auto",  # what to do when there is room again
 ):  # yields the working folder, `.part/<name>` beside it
     "Fill a folder under a working name; it gets its own name when every byte is on the disk."
     path = Path(path)
     stage = path.parent / ".part" / path.name
     try:
-        with disk_guard(path, n_bytes, cure):
+        with disk_guard(path, n_bytes):
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             yield stage
@@ -107,8 +109,9 @@ class RunFiles:
     def __init__(
         self,
         path: str | Path,  # a folder
+        cure: str = "go on with the run: `resume` set to auto",  # what to do when a full disk has room again
     ):
-        self.path = Path(path)
+        self.path, self.cure = Path(path), cure
 
     def save_text(
         self,
@@ -120,7 +123,7 @@ class RunFiles:
         if not is_main_process():
             return path
         try:
-            with disk_guard(path, len(text)):
+            with disk_guard(path, len(text), self.cure):
                 part.write_text(text, encoding="utf-8")
                 os.replace(part, path)
         finally:
@@ -286,11 +289,91 @@ def check_given(
     check_things({name: given for name, given in loaded.items() if given is not None}, LOADED)
 
 
+def is_count(
+    number,  # anything
+    least: int = 0,  # smallest number allowed
+) -> bool:  # False also for True, which Python takes for 1
+    "Tell whether something is a whole number of a size."
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+
 def check_count(
     name: str,  # of the argument
     number: int,  # what was given
     least: int = 0,  # smallest number allowed
 ) -> None:  # raises
     "Refuse what is no count."
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+    if not is_count(number, least):
         raise FinetuningError(f"`{name}` must be a whole number, at least {least}, got {number!r:.60}")
+
+# %% ../nbs/048_runs.ipynb #894eb38a
+def _is_number(given):
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+
+
+ARGUMENTS = {  # kind -> does a value fit, what is allowed
+    "function": (callable, "a function"),
+    "path": (lambda given: isinstance(given, (str, os.PathLike)) and bool(os.fspath(given)),
+             'the path of a file or folder, such as "runs/mine"'),
+    "whole": (lambda given: is_count(given), "a whole number, at least 0"),
+    "count": (lambda given: is_count(given, 1), "a whole number, at least 1"),
+    "number": (_is_number, "a number"),
+    "level": (lambda given: _is_number(given) and 1e-12 <= given < 1, "a number between 0 and 1, such as 0.05"),
+    "text": (lambda given: isinstance(given, str), "a text"),
+    "name": (lambda given: isinstance(given, str) and bool(given.strip()), "a text that is not empty")}
+MAKERS = {  # class -> what it is, and who makes one
+    "Metric": "a metric such as EXACT_MATCH (`find_metric` looks a name up)", "Evaluation": "what `evaluate` gives",
+    "Comparison": "what `compare` gives", "Exchange": "a row of an evaluation's `exchanges`",
+    "RunNoise": "what `run_noise` gives", "Scorecard": "what `to_scorecard` gives",
+    "Ballot": "what `ballot_of` gives", "Reply": "a Reply, as `Endpoint` gives it",
+    "DatasetFormatter": 'a formatter, such as formatter_for("alpaca")', "dict": "a dict, {} where it is empty",
+    "Real": "a number", "Hashable": "a label", "object": "anything"}
+
+
+def kind_fits(
+    given,  # anything
+    kind,  # a key of `ARGUMENTS`, a class, None, a set of words; [kind]: a list of such; (kind, kind): either
+) -> bool:  # True: it may be used
+    "Tell whether an argument is of a kind."
+    if isinstance(kind, tuple):
+        return any(kind_fits(given, each) for each in kind)
+    if isinstance(kind, list):
+        is_list = hasattr(given, "__len__") and hasattr(given, "__iter__") and not isinstance(given, (str, bytes, dict))
+        return is_list and all(kind_fits(each, kind[0]) for each in given)
+    if isinstance(kind, (dict, set)):
+        return isinstance(given, str) and given in kind
+    if kind is None:
+        return given is None
+    return ARGUMENTS[kind][0](given) if isinstance(kind, str) else isinstance(given, kind)
+
+# %% ../nbs/048_runs.ipynb #a8497b81
+def kind_words(
+    kind,  # as in `kind_fits`
+) -> str:  # such as "a function or None"
+    "Say what an argument may be."
+    if isinstance(kind, tuple):
+        return " or ".join(map(kind_words, kind))
+    if isinstance(kind, list):
+        return "a list" + f"; in each place {kind_words(kind[0])}" * (kind != [object])
+    if isinstance(kind, (dict, set)):
+        return f"one of {', '.join(sorted(kind) if isinstance(kind, set) else kind)}"
+    return ARGUMENTS[kind][1] if isinstance(kind, str) else "None" if kind is None else MAKERS.get(
+        kind.__name__, f"a {kind.__name__}")
+
+
+def check_kind(
+    kind,  # as in `kind_fits`
+    **given,  # arguments by their names
+) -> None:  # raises
+    "Refuse arguments that a function could only trip over."
+    for name, value in given.items():
+        if kind_fits(value, kind):
+            continue
+        shown, lists = f"{value!r:.60}", [each for each in (kind if isinstance(kind, tuple) else [kind])
+                                          if isinstance(each, list)]
+        if lists and kind_fits(value, lists[0][0]):
+            shown += "; write [...] around it"
+        elif lists and kind_fits(value, [object]):
+            place, odd = next((n, each) for n, each in enumerate(value, 1) if not kind_fits(each, lists[0][0]))
+            shown = f"{odd!r:.60} in place {place}"
+        raise FinetuningError(f"`{name}` must be {kind_words(kind)}; got {shown}")

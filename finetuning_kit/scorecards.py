@@ -25,10 +25,10 @@ __all__ = ['GATE_WORDS', 'SCHEMA', 'VERDICT_COLOURS', 'LOOK_OF_CARD', 'POLICY', 
 from .census import png
 from .contrasts import CURVES, diff_html, draw_curves, draw_gains, draw_intervals, draw_lengths
 from .contrasts import shown_text, svg
-from .evaluation import Comparison, Evaluation, ScoreChange, draw_sums, plain_cell
+from .evaluation import Comparison, Evaluation, draw_sums, plain_cell
 from .marks import visible
 from .metrics import Metric
-from .runs import RunFiles
+from .runs import RunFiles, check_kind
 from .settings import FinetuningError, markdown_table
 from .standing import BLUE, GREY, ORANGE
 from .verdicts import verdict_words, verdicts_of
@@ -66,8 +66,7 @@ class ScoreLine:
     @property
     def difference(self) -> float | None:
         "The last model's figure after the first one's"
-        known = len(self.figures) == 2 and None not in self.figures
-        return self.figures[1] - self.figures[0] if known else None
+        return self.figures[1] - self.figures[0] if len(self.figures) == 2 and None not in self.figures else None
 
     @property
     def interval(self) -> str:
@@ -121,12 +120,9 @@ def score_lines(
                 lines.append(ScoreLine(metric.name, metric.help, tuple(ends[:2]), *ends[2:], metric.percent,
                                        metric.better, one.verdict, verdict_words(one).partition(": ")[2]))
         return lines
-    lines = []
-    for metric in found.metrics:
-        lines.append(ScoreLine(metric.name, metric.help, (plain_number(found.scores[metric.name]),),
-                               *figure_interval(metric, found.counts[metric.name]), metric.percent, metric.better,
-                               "", ""))
-    return lines
+    return [ScoreLine(metric.name, metric.help, (plain_number(found.scores[metric.name]),),
+                      *figure_interval(metric, found.counts[metric.name]), metric.percent, metric.better, "", "")
+            for metric in found.metrics]
 
 # %% ../nbs/085_scorecards.ipynb #91edab6d
 @dataclass
@@ -173,6 +169,7 @@ def to_scorecard(
     notes: list[str] | None = None,  # what a reader must not miss
 ) -> Scorecard:  # shows itself in a notebook; `save_scorecard` keeps it
     "Make a report"
+    check_kind((Comparison, Evaluation), found=found), check_kind(["text"], names=names, notes=notes or [])
     two = isinstance(found, Comparison)
     names = tuple(names) or (("base", "tuned") if two else ("model",))
     if len(names) != 1 + two:
@@ -451,6 +448,7 @@ def save_scorecard(
     path: str | Path,  # ends in .html, .json or .md; its folder is made
 ) -> Path:  # the file, which appears whole
     "Keep a report"
+    check_kind(Scorecard, card=card), check_kind("path", path=path)
     path = Path(path)
     forms = {".html": scorecard_page, ".md": scorecard_markdown,
              ".json": lambda card: json.dumps(scorecard_dict(card), indent=1) + "\n"}
@@ -458,7 +456,7 @@ def save_scorecard(
         raise FinetuningError(f"a report is kept as {', '.join(forms)}, got the name {path.name!r}; choose an ending")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return RunFiles(path.parent).save_text(path.name, forms[path.suffix](card))
+        return RunFiles(path.parent, "do it again").save_text(path.name, forms[path.suffix](card))
     except OSError as error:
         raise FinetuningError(f"{path} cannot be written ({error.strerror}); name a place of yours") from None
 

@@ -36,6 +36,10 @@ def print_trimmed(
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/099_screens.ipynb #6da00fdf
+def _pass_on():
+    raise BrokenPipeError
+
+
 class Screen:
     "A terminal, or a file without control codes, that shows what it is told"
 
@@ -46,6 +50,7 @@ class Screen:
         from rich.console import Console
 
         self.console = console or Console(highlight=False, quiet=not is_main_process())
+        self.console.on_broken_pipe = _pass_on  # rich would end the program with 1, which means something here
         self.progress = self.task = None
 
     def __call__(
@@ -345,17 +350,16 @@ def one_line(
 
 
 def score_table(
-    result,  # a `FineTuned` with a comparison
+    result,  # a `FineTuned` with a card
 ):  # a rich table
     "Set base and tuned side by side"
+    from finetuning_kit.scorecards import table_of
     from rich.table import Table
 
-    table = Table("", "base", "tuned", "difference", "95 % interval", box=None, padding=(0, 2), header_style="bold")
-    for name, change in result.comparison.changes.items():
-        table.add_row(name.replace("_", " "), *change.cells())
-    if result.facts is not None:
-        before, after = result.facts
-        table.add_row("plain facts kept", f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f}", "")
+    heads, rows = table_of(result.card)
+    table = Table("", *heads[1:], box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 # %% ../nbs/099_screens.ipynb #6f1d7d2e
@@ -364,10 +368,13 @@ def show_result(
     result,  # a `FineTuned`
 ) -> None:  # it is on the screen
     "Show what a run gave: before and after, three answers, the merge, the files"
+    from rich.padding import Padding
+
+    if result.card is not None:
+        console.print()
+        print_trimmed(console, Padding(score_table(result), (0, 0, 0, 2), expand=False))
+        console.print()
     if result.comparison is not None:
-        console.print()
-        print_trimmed(console, score_table(result))
-        console.print()
         for sample in result.comparison.samples(3):
             console.print(f"  [bold]{one_line(sample['prompt'], 76)}[/]")
             console.print(f"    base   [dim]{one_line(sample['before'])}[/]")

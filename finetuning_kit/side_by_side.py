@@ -24,7 +24,7 @@ from .config import load_config
 from .evaluation import Evaluation, compare
 from .metrics import USUAL_METRICS, Exchange, Metric, missing_needs
 from .profiles import config_values
-from .runs import MARKS, RunFiles, RunLog
+from .runs import MARKS, RunFiles, RunLog, check_kind
 from .scorecards import Scorecard, ScoreLine, score_lines, to_scorecard
 from .settings import FinetuningError, value_text
 from .standing import read_run
@@ -35,19 +35,25 @@ def save_answers(
     exchanges: list[Exchange],  # questions with their answers
 ) -> Path:  # the file, which appears whole
     "Keep answers with their questions"
+    check_kind("path", path=path)
+    check_kind([Exchange], exchanges=exchanges)
     lines = []
     for each in exchanges:
         line = {"prompt": each.prompt, "reference": each.reference, **asdict(each.answer)}
         line |= {"messages": list(each.messages)} if len(each.messages) > 1 else {}
         lines.append(json.dumps(line | ({"extra": each.extra} if each.extra else {}), ensure_ascii=False, default=str))
-    return RunFiles(Path(path).parent).save_text(Path(path).name, "".join(line + "\n" for line in lines))
+    text = "".join(line + "\n" for line in lines)
+    return RunFiles(Path(path).parent, "do it again").save_text(Path(path).name, text)
 
-
+# %% ../nbs/086_side_by_side.ipynb #aa954709
 def load_answers(
     path: str | Path,  # a file that `save_answers` wrote
 ) -> list[Exchange]:  # in their order
     "Read answers back"
     found = []
+    check_kind("path", path=path)
+    if not Path(path).is_file():
+        raise FinetuningError(f"`{path}` is no file; name one that `evaluate --output` wrote, such as answers.jsonl")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, text in enumerate(file, 1):
             try:
@@ -130,9 +136,13 @@ def open_work(
     path: str | Path,  # a folder of a run, or of `finetuning-kit evaluate`
 ) -> KeptWork:  # what lies in it; what is missing is said in its notes
     "Read what a run or an evaluation has left"
+    check_kind("path", folder=path)
     path = Path(path)
     held = {item.name for item in path.iterdir()} if path.is_dir() else set()
     is_run = bool(held & set(MARKS))
+    if not is_run and "collected.jsonl" in held and "answers.jsonl" not in held:
+        raise FinetuningError(f"the evaluation in `{path}` was stopped before its end; the same `finetuning-kit "
+                              "evaluate` line goes on with it")
     if not is_run and "answers.jsonl" not in held:
         what = "is a file" if path.is_file() else "does not exist"
         what = "holds neither a run nor answers" if path.is_dir() else what
@@ -186,6 +196,7 @@ def pair_answers(
     second: list[Exchange],  # another's
 ) -> tuple[list[Exchange], list[Exchange]]:  # the questions that both were asked, in the first one's order
     "Pair two models' answers by question"
+    check_kind([Exchange], first=first, second=second)
     there = dict(zip(asked_keys(second), second))
     pairs = [(each, there[key]) for each, key in zip(first, asked_keys(first)) if key in there]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -247,6 +258,9 @@ def compare_folders(
     metrics: tuple[Metric, ...] | None = None,  # what is measured; None: the usual ones, where rows allow
 ) -> Scorecard:  # scores, answers, curves, settings; notes say what could not be compared
     "Compare two finished runs, or two evaluations"
+    check_kind("path", first=first)
+    check_kind(("path", None), second=second)
+    check_kind(([Metric], None), metrics=metrics)
     works = [open_work(path) for path in (first, second) if path is not None]
     names = name_apart([work.path for work in works]) if second is not None else ("base", works[0].path.name)
     exchanges = [work.exchanges for work in works] if second is not None else [works[0].base, works[0].exchanges]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Literal
@@ -21,6 +22,7 @@ __all__ = ['N_DRAWS', 'CORRECTIONS', 'VERDICT_HEADINGS', 'mcnemar', 'draw_halves
 # %% ../nbs/079_verdicts.ipynb #c89041d8
 from .evaluation import Comparison, Evaluation
 from .metrics import Metric, mean_of_counts
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError, markdown_table
 
 # %% ../nbs/079_verdicts.ipynb #e614933e
@@ -43,6 +45,7 @@ def draw_halves(
     seed: int = 0,  # of the drawing
 ) -> np.ndarray:  # [n_halves, n_rows] of 0 and 1; all of them where there are no more than `n_draws`
     "Toss a coin for every row, many times"
+    check_kind("count", n_rows=n_rows, n_draws=n_draws)
     if 2 ** min(n_rows, 60) <= n_draws:
         return (np.arange(2 ** n_rows)[:, None] >> np.arange(n_rows) & 1).astype(np.int8)
     n_draws = min(n_draws, max(2000, 10 ** 8 // n_rows))  # 100 MB, unless there are more than 50,000 rows
@@ -127,6 +130,8 @@ def score_interval(
     confidence: float = 0.95,  # of the interval
 ) -> tuple[float, float]:  # lower and upper end for the difference of two shares
     "Bound the difference of two paired shares, also where little or nothing changed (Tango 1998)"
+    check_kind("level", confidence=confidence)
+    check_kind("count", n_rows=n_rows)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
 
     def distance(delta):  # standard errors between what was seen and `delta`, at the likeliest shares for `delta`
@@ -153,6 +158,7 @@ def rows_needed(
     step: float = 0.0,  # least change of a row: 1 for right and wrong, whose test moves in steps; 0: any
 ) -> int | None:  # rounded up to two digits; None: no number of rows that anybody has
     "Say how many rows would tell a difference"
+    check_kind("level", alpha=alpha, power=power)
     reach = NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(power)
     fewest = math.ceil(1 - math.log2(alpha))  # with fewer rows even a win in each is no proof
     if not spread:
@@ -169,6 +175,7 @@ def holm(
     p_values: list[float],  # one a question asked of the same data
 ) -> list[float]:  # adjusted, in the same order
     "Adjust p-values for their number, whatever they have to do with each other (Holm 1979)"
+    check_kind(["number"], p_values=p_values)
     order, adjusted, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
     for rank, at in enumerate(order):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
@@ -336,8 +343,7 @@ def judge_change(
     seed: int = 0,  # of the drawing
 ) -> MetricVerdict:  # of this metric by itself
     "Judge how one metric changed"
-    if not isinstance(alpha, (int, float)) or not 1e-12 <= alpha < 1:
-        raise FinetuningError(f"`alpha` must lie between 0 and 1, as 0.05 for 19 times in 20, got {alpha!r:.60}")
+    _check_judging(base, tuned, metric, alpha, n_draws, seed)
     pair = base.counts[metric.name], tuned.counts[metric.name]
     before, after, notes = shared_counts(metric, pair, _group_labels(base, group))
     figures = [float(metric.figure(counts.sum(0))) if len(counts) else math.nan for counts in (before, after)]
@@ -350,13 +356,14 @@ def judge_change(
     found["notes"] = (*notes, *found["notes"])
     return MetricVerdict(**told, **found, p_adjusted=found["p"] if metric.better != "neither" else math.nan)
 
-
+# %% ../nbs/079_verdicts.ipynb #842eafb7
 def _group_labels(
     evaluation: Evaluation,  # whose rows
     group: str | list | None,  # a key of `extra`, or a label a row; None: no groups
 ) -> list | None:  # a label a row
     "Find out which rows stand together"
     n_rows = len(evaluation.exchanges)
+    check_kind(("text", [Hashable], None), group=group)
     if isinstance(group, str):
         lacking = [row for row, each in enumerate(evaluation.exchanges) if group not in each.extra]
         if lacking:
@@ -366,6 +373,17 @@ def _group_labels(
     if group is not None and len(group) != n_rows:
         raise FinetuningError(f"`group` must have one label a row, got {len(group)} labels for {n_rows} rows")
     return group
+
+
+def _check_judging(base, tuned, metric, alpha, n_draws, seed):
+    check_kind(Evaluation, base=base, tuned=tuned)
+    check_kind(Metric, metric=metric)
+    check_kind("level", alpha=alpha)
+    check_kind("count", n_draws=n_draws)
+    check_kind("whole", seed=seed)
+    if metric.name not in base.counts or metric.name not in tuned.counts:
+        raise FinetuningError(f"`metric` {metric.name} was not measured in both; measured were "
+                              f"{', '.join(each for each in base.counts if each in tuned.counts)}")
 
 # %% ../nbs/079_verdicts.ipynb #ab71aff6
 VERDICT_HEADINGS = ["metric", "base", "tuned", "difference", "interval", "p", "verdict"]
@@ -378,7 +396,10 @@ class VerdictTable:
 
     def __getitem__(self, metric: str) -> MetricVerdict:
         "One metric's verdict, by its name"
-        return {each.metric: each for each in self.verdicts}[metric]
+        found = {each.metric: each for each in self.verdicts}
+        if not kind_fits(metric, found):
+            raise FinetuningError(f"there is no verdict on {metric!r:.60}; judged were {', '.join(found)}")
+        return found[metric]
 
     def rows(self) -> list[list[str]]:
         "A line a metric, as text"
@@ -413,15 +434,13 @@ def verdicts_of(
     correction: Literal["holm", "none"] = "holm",  # for asking several at once
 ) -> VerdictTable:  # prints as sentences, shows as a table
     "Judge every metric of a comparison, together"
-    if not isinstance(comparison, Comparison):
-        raise FinetuningError(f"`comparison` must be what `compare` gives, got {str(comparison):.60}")
-    if isinstance(metrics, str) or not all(isinstance(name, str) for name in metrics or []):
-        raise FinetuningError(f"`metrics` must be a list of names, such as [\"exact_match\"], got {str(metrics):.60}")
+    check_kind(Comparison, comparison=comparison)
+    check_kind((["name"], None), metrics=metrics)
+    check_kind(CORRECTIONS, correction=correction)
     asked = [metric for metric in comparison.base.metrics if metric.name in (metrics or comparison.changes)]
     unknown = sorted({*(metrics or [])} - {*comparison.changes})
-    if unknown or correction not in CORRECTIONS:
-        raise FinetuningError(f"`metrics` must be among {', '.join(comparison.changes)}, got {', '.join(unknown)}"
-                              if unknown else f"`correction` must be holm or none, got {correction!r}")
+    if unknown:
+        raise FinetuningError(f"`metrics` must be among {', '.join(comparison.changes)}, got {', '.join(unknown)}")
     found = [judge_change(comparison.base, comparison.tuned, metric, group, alpha) for metric in asked]
     judged = [at for at, each in enumerate(found) if each.p_adjusted <= 1]
     p_values = [found[at].p for at in judged]

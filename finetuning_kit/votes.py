@@ -25,7 +25,7 @@ from .asking import generate_answers
 from .contrasts import shown_text
 from .evaluation import Comparison
 from .knobs import STYLE, Shown, labelled
-from .runs import disk_guard, end_line
+from .runs import check_kind, disk_guard, end_line
 from .settings import FinetuningError
 from .tokens import encode_prompt
 
@@ -56,6 +56,8 @@ def win_interval(
     confidence: float = 0.95,  # chance that the interval never misses, however often it is looked at
 ) -> tuple[float, float]:  # lower and upper end for the share of wins
     "Bound a win rate in a way that survives peeking (Robbins 1970, uniform mixture)"
+    check_kind("whole", wins=wins, losses=losses)
+    check_kind("level", confidence=confidence)
     n, best = wins + losses, wins / max(wins + losses, 1)
     whole = math.lgamma(wins + 1) + math.lgamma(losses + 1) - math.lgamma(n + 2)  # log B(w + 1, l + 1)
 
@@ -83,11 +85,13 @@ def read_votes(
 ) -> dict[str, str]:  # pair's key -> "first", "second" or "tie", in the order of voting
     "Read kept votes; a line that a kill has torn is passed over, a vote that was taken back is gone"
     votes = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path and path.is_file() else ():
         try:
             vote = json.loads(line)
             key, winner = vote["key"], vote["winner"]
         except (ValueError, KeyError, TypeError):
+            continue
+        if not isinstance(key, str):
             continue
         votes.pop(key, None)
         if winner in ("first", "second", "tie"):
@@ -104,11 +108,15 @@ def keep_vote(
     if path is None:
         return
     line = json.dumps({"key": key, "winner": winner, "time": round(time.time(), 3)})
-    with disk_guard(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        end_line(path)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    try:
+        with disk_guard(path, cure="vote again"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            end_line(path)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    except OSError as error:
+        raise FinetuningError(f"`{path}` cannot keep votes ({error.strerror}); name a file in a folder of "
+                              "yours") from None
 
 # %% ../nbs/087_votes.ipynb #ddd0722b
 class Ballot:
@@ -121,6 +129,12 @@ class Ballot:
         path: str | Path | None = None,  # file that keeps the votes and is gone on with; None: they are lost
         seed: int = 0,  # of sides and order
     ):
+        check_kind([VotePair], pairs=pairs)
+        check_kind(["name"], names=names)
+        check_kind(("path", None), path=path)
+        check_kind("whole", seed=seed)
+        if len(names) != 2:
+            raise FinetuningError(f"`names` must name two models, got {len(names)}: {', '.join(names)}")
         self.names, self.path, self.seed = tuple(names), None if path is None else Path(path), seed
         self.pairs = {pair.key: pair for pair in pairs if pair.answers[0].strip() != pair.answers[1].strip()}
         self.n_equal = len(pairs) - len(self.pairs)
@@ -154,8 +168,8 @@ def cast_vote(
     choice: str,  # "left", "right" or "tie"
 ) -> None:  # kept at once
     "Vote on the current pair"
-    if choice not in CHOICES:
-        raise FinetuningError(f"`choice` must be one of {', '.join(CHOICES)}, got {choice!r}")
+    check_kind(Ballot, ballot=ballot)
+    check_kind(dict.fromkeys(CHOICES), choice=choice)
     if ballot.revealed:
         raise FinetuningError("the names are known now, and a vote would not be blind; begin another ballot")
     pair = ballot.current
@@ -171,6 +185,7 @@ def take_back(
     ballot: Ballot,  # with a vote
 ) -> None:  # the question is open again
     "Take the last vote back"
+    check_kind(Ballot, ballot=ballot)
     if ballot.votes and not ballot.revealed:
         key = list(ballot.votes)[-1]
         keep_vote(ballot.path, key, None)
@@ -219,6 +234,7 @@ def ballot_of(
     seed: int = 0,  # of sides and order
 ) -> Ballot:  # the questions on which the two differ
     "Put a comparison's answers to the vote"
+    check_kind(Comparison, comparison=comparison)
     rows = zip(comparison.base.exchanges, comparison.tuned.exchanges)
     return Ballot([VotePair(one.prompt, (one.text, other.text)) for one, other in rows], names, path, seed)
 
@@ -257,6 +273,8 @@ class VotingPanel(Shown):
         ballot: Ballot,  # what is voted on
         ask: Callable[[str], tuple[str, str]] | None = None,  # question -> both answers; None: no such questions
     ):
+        check_kind(Ballot, ballot=ballot)
+        check_kind(("function", None), ask=ask)
         self.ballot, self.ask, self.problem = ballot, ask, ""
 
     def do(

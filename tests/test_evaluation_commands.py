@@ -1,13 +1,22 @@
 """`evaluate` and `compare` as typed: what they write, what they refuse, and by which exit code."""
 import json
+import os
+import resource
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from finetuning_kit.asking import Answer
+from finetuning_kit.collecting import HeldFile
+from finetuning_kit.evaluation_commands import ASKED
 from finetuning_kit.metrics import Exchange
+from finetuning_kit.models import load_model, load_tokenizer
 from finetuning_kit.side_by_side import load_answers, save_answers
+from tests.notebooks import ROOT
 
 ROWS = [{"instruction": f"Give the opposite of word {n}.", "output": f"antonym {n}"} for n in range(12)]
 ASK = ("--questions", "rows.jsonl", "--max-new-tokens", "6")
@@ -19,6 +28,17 @@ def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
+
+
+def start(*words, **options):
+    "A command in a process of its own."
+    return subprocess.Popen([sys.executable, "-m", "finetuning_kit.cli", *words], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+
+
+def n_lines(path):
+    "Whole lines of a file."
+    return Path(path).read_bytes().count(b"\n") if Path(path).exists() else 0
 
 
 def kept(path, n_right, n=40, word="yes"):
@@ -163,3 +183,101 @@ def test_a_killed_evaluation_goes_on(typed, rows, monkeypatch):
     assert typed(*words)[0] == 130 and not Path("mine/report.json").exists()
     assert typed(*words)[0] == 0 and asked.count("batch") == 3
     assert len(load_answers("mine/answers.jsonl")) == 12
+
+
+def test_bad_rows_and_long_prompts_have_their_flags(typed, tmp_path):
+    rows = [ROWS[0], {"colour": 3}, {"instruction": "word " * 1500, "output": "x"}, ROWS[1]]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("evaluate", "--model", "pocket", "--questions", "mixed.jsonl", "--max-new-tokens", "4")
+    code, _, err = typed(*words)
+    assert code == 2 and "`--on-bad skip`" in err
+    code, _, err = typed(*words, "--on-bad", "skip")
+    assert code == 2 and "add `--long-prompts drop`" in err
+    code, out, err = typed(*words, "--on-bad", "skip", "--long-prompts", "drop")
+    assert (code, err) == (0, "") and "on 2 questions" in out and "1 is not asked" in out
+    assert "1 of 4 rows cannot be asked and were left out; the first is mixed.jsonl:2" in out
+    code, out, _ = typed("compare", "pocket", "pocket", *words[3:], "--on-bad", "skip", "--long-prompts", "shorten")
+    assert code == 0 and "1 is asked shortened" in out
+
+
+@pytest.mark.parametrize("flag", ["--html", "--output", "--probe", "--base", "--questions", "--metrics"])
+def test_nothing_behind_a_flag(typed, rows, flag):
+    before = sorted(Path().rglob("*"))
+    code, _, err = typed("evaluate", "--model", "pocket", *ASK, flag, "")
+    assert (code, err) == (2, f"finetuning-kit: {flag}: there is nothing behind it; name something, or leave it out\n")
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [("compare", "base", "good"),
+                                   ("compare", "base", "good", "--json")])
+def test_nobody_reads_on(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    kept("base", 10), kept("good", 30)
+    process = start(*words)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_perplexity_by_its_name(typed, rows):
+    code, out, err = typed("evaluate", "--model", "pocket", "--base", "pocket", *ASK, "--metrics", "perplexity,bpb",
+                           "--output", "read")
+    assert (code, err) == (0, "") and "bits per byte" in out
+    assert all(each.extra["tokens_read"] > 0 for each in load_answers("read/answers.jsonl"))
+    code, out, _ = typed("compare", "read", "--metrics", "ppl")
+    assert code == 0 and "perplexity" in out
+    code, out, _ = typed("evaluate", "--model", "pocket", *ASK, "--task", "domain")
+    assert code == 0 and "perplexity" in out and "left out" not in out
+
+
+def test_a_kill_loses_nothing(typed, rows):
+    words = ("evaluate", "--model", "pocket", *ASK, "--batch-size", "1", "--output")
+    process = start(*words, "mine")
+    while process.poll() is None and n_lines("mine/collected.jsonl") < 4:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept_lines = Path("mine/collected.jsonl").read_bytes().split(b"\n")[:4]
+    assert not Path("mine/answers.jsonl").exists()
+    code, _, err = typed("compare", "mine", "--gate")
+    assert code == 2 and "was stopped before its end; the same `finetuning-kit evaluate` line goes on with it" in err
+    assert typed(*words, "mine")[0] == 0 == typed(*words, "whole")[0]
+    assert Path("mine/collected.jsonl").read_bytes().split(b"\n")[:4] == kept_lines
+    assert load_answers("mine/answers.jsonl") == load_answers("whole/answers.jsonl")
+
+
+def test_no_room_for_answers(typed, rows):
+    words = ("evaluate", "--model", "pocket", *ASK, "--batch-size", "1", "--output", "mine")
+    process = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)))
+    err = process.communicate()[1].decode()
+    assert process.returncode == 2 and "no file may become so large here: `mine/collected.jsonl`" in err
+    assert "ask again with the same file" in err and "Traceback" not in err
+    n_kept = n_lines("mine/collected.jsonl")
+    code, out, _ = typed(*words)
+    assert code == 0 and f"{n_kept - 1} of 12 answers lay in `collected.jsonl`" in out
+    kept("base", 10), kept("good", 30)
+    process = start("compare", "base", "good", "--html", "page.html",
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)))
+    err = process.communicate()[1].decode()
+    assert process.returncode == 2 and "then do it again" in err and not Path("page.html").exists()
+
+
+def test_two_writers(typed, rows):
+    words = ("evaluate", "--model", "pocket", *ASK, "--output", "mine")
+    Path("mine").mkdir()
+    with HeldFile("mine/collected.jsonl"):
+        Path("mine/evaluation.json").write_text(json.dumps({
+            **dict.fromkeys(ASKED), "model": "pocket", "questions": "rows.jsonl", "max_new_tokens": 6}))
+        code, _, err = typed(*words)
+        assert code == 2 and "is being written by another process" in err
+    assert typed(*words)[0] == 0
+
+
+def test_a_model_without_a_template(typed, rows):
+    load_model("pocket").save_pretrained("bare")
+    tokenizer = load_tokenizer("pocket")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained("bare")
+    code, _, err = typed("evaluate", "--model", "bare", *ASK)
+    assert code == 2 and "no chat template" in err and "--dataset-format" in err
+    code, out, _ = typed("evaluate", "--model", "bare", *ASK, "--dataset-format", "alpaca", "--limit", "2")
+    assert code == 0 and "on 2 questions" in out

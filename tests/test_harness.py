@@ -11,6 +11,7 @@ from finetuning_kit.harness import run_harness, write_task  # noqa: E402
 from finetuning_kit.likelihood import choice_accuracy, choice_exchanges  # noqa: E402
 from finetuning_kit.loading import load_records  # noqa: E402
 from finetuning_kit.models import load_model, load_tokenizer, quiet_libraries  # noqa: E402
+from finetuning_kit.settings import FinetuningError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,16 @@ def test_our_multiple_choice_agrees(pocket, choices, tmp_path):
     for name, by in (("acc", "sum"), ("acc_norm", "character")):
         right = choice_accuracy(by).count(ours)[:, 0]
         assert np.array_equal(right, [each.extra["harness"][name] for each in theirs])
+
+
+def test_a_task_that_breaks_is_told(pocket, tmp_path):
+    write_task(tmp_path, "mine", [{"question": "Two and two?", "answer": "4"}])
+    with pytest.raises(FinetuningError, match="failed on mine .*num_fewshot"):
+        run_harness(*pocket, ["mine"], tmp_path, num_fewshot=5)
+    (tmp_path / "mine.jsonl").write_text("{torn")
+    with pytest.raises(FinetuningError, match="failed on mine .*mend the task's files"):
+        run_harness(*pocket, ["mine"], tmp_path)
+    (tmp_path / "mine.jsonl").unlink()
+    with pytest.raises(FinetuningError, match="mine.jsonl"):
+        run_harness(*pocket, ["mine"], tmp_path)
+    assert pocket[0].training is False

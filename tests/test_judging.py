@@ -1,7 +1,9 @@
 """A judge as a metric in `evaluate` and `compare`; replies on the disk; fences that no text can leave."""
+import contextlib
 import json
 import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,8 +16,8 @@ from finetuning_kit.endpoints import Endpoint, EndpointSettings, Reply, ask_all,
 from finetuning_kit.evaluation import Evaluation, compare, evaluate
 from finetuning_kit.formatting import to_messages
 from finetuning_kit.judging import (
-    Judge, calibrate_judge, fence, judge_pairs, key_judge, local_judge, pair_messages, quality, read_choice, read_grade,
-    win_rate)
+    Judge, calibrate_judge, fence, judge_answers, judge_pairs, key_judge, local_judge, pair_messages, quality,
+    read_choice, read_grade, win_rate)
 from finetuning_kit.loading import load_records
 from finetuning_kit.metrics import Exchange
 from finetuning_kit.models import load_model, load_tokenizer
@@ -156,3 +158,58 @@ def test_nameless_judges_do_not_share_replies(tmp_path):
     judge = Judge(lambda messages: Reply("A"), path=tmp_path / "v.jsonl")
     with pytest.raises(FinetuningError, match="somebody with a name"):
         judge_pairs(judge, ["q"], ["a"], ["b"])
+
+
+ODD = {  # what a server sends as the whole answer -> what is told; "": it is read all the same
+    b"<html>no": "no JSON", b"": "no JSON", b"[" * 100_000: "no JSON", b"[]": "no text", b"null": "no text",
+    b'{"choices": []}': "no text", b'{"choices": [{"message": {"content": null}}]}': "no text",
+    b'{"choices": [{"message": {"content": "7"}}], "usage": {"prompt_tokens": Infinity}}': "no text",
+    b'{"choices": [{"message": {"content": "7"}}], "usage": {"prompt_tokens": -5000000}}': "",
+    b'{"choices": [{"message": {"content": "7"}, "logprobs": {"content": [{"top_logprobs": '
+    b'[{"token": "7", "logprob": 1e9}]}]}}]}': "",
+    b'{"choices": [{"message": {"content": "7"}, "logprobs": {"content": [{"top_logprobs": '
+    b'[{"token": 7, "logprob": -0.1}]}]}}]}': ""}
+
+
+def test_odd_answers_of_a_server(served, monkeypatch):
+    settings, kind = served
+    for sent, told in ODD.items():
+        def send(handler, sent=sent):
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(sent)))
+            handler.end_headers()
+            handler.wfile.write(sent)
+
+        monkeypatch.setattr(kind, "do_POST", send)
+        endpoint = Endpoint(settings)
+        if told:
+            with pytest.raises(FinetuningError, match=told):
+                judge_answers(Judge(endpoint), ["a"], ["b"])
+        else:
+            assert judge_answers(Judge(endpoint), ["a"], ["b"]) == [7.0] and endpoint.n_tokens >= 0
+
+
+@pytest.mark.parametrize("how", ["hangs", "closes", "breaks off", "drips"])
+def test_servers_that_do_not_answer(served, monkeypatch, how, tmp_path):
+    settings, kind = served
+
+    def send(handler):
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        if how == "hangs":
+            return time.sleep(0.6)
+        if how == "closes":
+            return handler.connection.close()
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(20 if how == "drips" else 1):
+                handler.wfile.write(b" ")
+                time.sleep(0.1 * (how == "drips"))
+
+    monkeypatch.setattr(kind, "do_POST", send)
+    began = time.monotonic()
+    with pytest.raises(FinetuningError, match="failed 2 times"):
+        judge_answers(Judge(Endpoint(settings.replace(timeout_s=0.3)), path=tmp_path / "kept.jsonl"), ["a"], ["b"])
+    assert time.monotonic() - began < 2
