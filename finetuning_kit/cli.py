@@ -22,6 +22,7 @@ from .data_commands import add_clean, add_convert, add_validate, count, run_clea
 from .data_commands import run_validate
 from .evaluation_commands import add_compare, add_evaluate, run_compare, run_evaluate
 from .flags import add_flags, add_names, hyphenated, in_flags, layers_of, nearest_flag
+from .merge_commands import add_extract, add_merge, run_extract, run_merge
 from .processes import announce_failure, is_main_process
 from .screens import DryScreen, RunScreen, Screen, plain_letters
 
@@ -205,7 +206,7 @@ def run_sweep(
     from finetuning_kit.models import load_tokenizer
     from finetuning_kit.profiles import compose
     from finetuning_kit.spaces import read_space
-    from finetuning_kit.sweeps import sweep_folder, sweep_settings
+    from finetuning_kit.sweeps import importance_words, sweep_folder, sweep_settings
     from finetuning_kit.workflow import prepare_run
 
     config, screen = compose(layers_of(options)).config, Screen()
@@ -219,6 +220,8 @@ def run_sweep(
                            seed=config.training.seed, storage=options["storage"], folder=folder, tokenizer=tokenizer,
                            on_event=lambda event: "record" in event and screen.line("trial", str(event["record"])))
     screen.line("best", str(found.best or "none has finished"))
+    if told := importance_words(found):
+        screen.line("note", told)
     if found.best:  # a line of its own, however long, so that it can be copied
         line = f"finetuning-kit train --config {folder / 'best.yaml'}"
         screen.console.print(f"\n    {line}\n", soft_wrap=True, markup=False, highlight=False)
@@ -344,6 +347,9 @@ COMMANDS = {  # name -> help, flags, run
                  run_evaluate),
     "compare": ("compare two runs, evaluations or models (with --gate, exit code 0: better, 1: not, 3: cannot tell)",
                 add_compare, run_compare),
+    "merge": ("fold an adapter into its base, and prove it (exit code 0: the trained model, 1: another one)", add_merge,
+              run_merge),
+    "extract": ("take an adapter back out of a fine-tuned model", add_extract, run_extract),
     "validate": ("say what is wrong with a data set (exit code 0: nothing, 1: warnings, 2: unfit rows)", add_validate,
                  run_validate),
     "clean": ("mend a data set, and leave out the rows that nobody should train on", add_clean, run_clean),

@@ -70,12 +70,13 @@ def sync_folder(
 def staged(
     path: str | Path,  # the folder that shall appear; an older one of that name gives way
     n_bytes: int = 0,  # how much will be written, for the message of a full disk
+    cure: str = "go on with the run: `resume` set to auto",  # what to do when there is room again
 ):  # yields the working folder, `.part/<name>` beside it
     "Fill a folder under a working name; it gets its own name when every byte is on the disk."
     path = Path(path)
     stage = path.parent / ".part" / path.name
     try:
-        with disk_guard(path, n_bytes):
+        with disk_guard(path, n_bytes, cure):
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             yield stage
