@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from .merging import base_folder, record_base, stored_precision, weight_files
+from .bases import base_folder, record_base, stored_precision, weight_files
 from .models import check_model_config, load_tokenizer, quiet_libraries
 from .runs import staged
 from .settings import FinetuningError, markdown_table

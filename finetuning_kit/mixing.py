@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .extraction import bare_model, layer_names, save_adapter
-from .merging import BASE_RECORD, check_base, read_adapter, record_base, stored_precision
+from .bases import BASE_RECORD, check_base, read_adapter, record_base, stored_precision
 from .models import load_tokenizer, quiet_libraries
 from .runs import file_hash, staged
 from .settings import FinetuningError

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['N_ANSWERS', 'N_ASKED', 'N_ANSWERED', 'NEAR', 'FAR', 'OWN', 'OTHER', 'LEAD', 'N_LINKED', 'Halves', 'halve_rows',
+__all__ = ['N_ANSWERS', 'N_ASKED', 'N_ANSWERED', 'CLOSE', 'FAR', 'OWN', 'OTHER', 'LEAD', 'N_LINKED', 'Halves', 'halve_rows',
            'places_beside', 'cross_words', 'cross_nats', 'link_strengths', 'Links', 'find_links', 'link_notes']
 
 # %% ../nbs/088z_pairings.ipynb #27f8c6c3
@@ -100,7 +100,7 @@ def link_strengths(
     return gains.mean(0) / (gains.std(0) / np.sqrt(len(gains)) + 1e-9)
 
 # %% ../nbs/088z_pairings.ipynb #fc6f2651
-NEAR, FAR = (-4, -1, 0, 1, 4), tuple(range(-8, 9))  # offsets
+CLOSE, FAR = (-4, -1, 0, 1, 4), tuple(range(-8, 9))  # offsets
 OWN, OTHER = 2.0, 4.5  # strengths: below the first an own question is no better, from the second on another one is
 LEAD = 2.5  # by which it is ahead of the next: answers that slipped have one place, rows that grow have several
 N_LINKED = 24  # rows; fewer say nothing
@@ -142,7 +142,7 @@ def find_links(
     halves = halve_rows(rows)
     links = Links(len(halves), {})
     by_model = lambda questions: halving(lambda size: cross_nats(model, halves, questions, size), 16)
-    looks = ((FAR, lambda questions: cross_words(halves, questions)), (NEAR, by_model), (FAR, by_model))
+    looks = ((FAR, lambda questions: cross_words(halves, questions)), (CLOSE, by_model), (FAR, by_model))
     for offsets, look in looks if len(halves) >= N_LINKED else ():
         questions = places_beside(len(halves), offsets)
         strengths = link_strengths(look(questions), questions)

@@ -132,14 +132,15 @@ def has_length_bias(
     return share is not None and not 1 - LENGTH_BIAS < share < LENGTH_BIAS
 
 # %% ../nbs/026_structure.ipynb #00cb7261
-_MARK = re.compile(r"[?？؟՞\u037e]['\"”’»)\]*_]*(?:\s|\Z)")  # what ends a question, in five scripts
+# what ends a question, in five scripts
+_MARK = re.compile(r"[?？؟՞\u037e]['\"”’»)\]*_]*(?:\s|\Z)")
 _REQUEST = re.compile(
     r"\W*(?:(?:please|now|then) )?(?:what|which|who|whom|whose|when|where|why|how|is|are|was|were|does|do|did|can|could"
     r"|will|would|should|give|write|create|generate|explain|describe|list|name|find|summari[sz]e|translate|rewrite|edit"
     r"|classify|identify|suggest|compare|calculate|convert|provide|design|construct|compose|outline|analy[sz]e|tell"
     r"|determine|make|choose|select|propose|develop|discuss|brainstorm|rephrase|complete|arrange|sort|replace|correct"
     r"|answer|predict|estimate|evaluate|extract|count|solve|show)\b", re.I)
-ASKING, QUIET = 0.6, 0.2  # share of the assistant's texts that ask at least, of the user's at most, in a set turned round
+ASKING, QUIET = 0.6, 0.2  # in a set turned round: share of the assistant's texts that ask at least, the user's at most
 N_TURNED = 20  # texts of each; fewer say nothing about a set
 
 

@@ -218,7 +218,7 @@ def match_row(
             break
     return Layout(truth, placed, pieces, marked, marked_tools), parts[1::2]
 
-
+# %% ../nbs/034_templates.ipynb #1766d70a
 def lay_out_row(
     tokenizer,  # a tokenizer with a chat template
     messages: list[dict],  # role and content of each turn; calls, thoughts

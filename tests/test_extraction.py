@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from finetuning_kit.extraction import choose_directions, energy_against_rank, extract_adapter, leading_svd
-from finetuning_kit.merging import check_base, merge_lora_weights, read_adapter
+from finetuning_kit.bases import check_base, read_adapter
+from finetuning_kit.merging import merge_lora_weights
 from finetuning_kit.models import load_model, quiet_libraries
 from finetuning_kit.settings import FinetuningError
 

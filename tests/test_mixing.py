@@ -9,7 +9,9 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from finetuning_kit.merging import merge_lora_weights, read_adapter, record_base, verify_merge
+from finetuning_kit.bases import read_adapter, record_base
+from finetuning_kit.merging import merge_lora_weights
+from finetuning_kit.verification import verify_merge
 from finetuning_kit.mixing import COMBINATIONS, SPARSE, mix_adapters, mix_difference
 from finetuning_kit.models import load_model, load_tokenizer, pocket_model_path, quiet_libraries
 from finetuning_kit.settings import FinetuningError
