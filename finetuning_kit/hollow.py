@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['STILL_STARTS', 'CannotStream', 'placeholder', 'hollow_model', 'attach_hollow', 'adapted_layers', 'plain_lora',
-           'tied_weights', 'saved_weights', 'layer_of', 'change_of', 'four_bit_weights', 'Piece', 'MergePlan',
+           'tied_weights', 'saved_weights', 'layer_of', 'change_of', 'four_bit_weights', 'MergedTensor', 'MergePlan',
            'grown_model', 'place_names', 'check_pieces', 'list_tensors', 'plan_merge']
 
 # %% ../nbs/088a_hollow.ipynb #4704151a
@@ -202,7 +202,7 @@ def four_bit_weights(
 
 # %% ../nbs/088a_hollow.ipynb #9a264407
 @dataclass(frozen=True)
-class Piece:
+class MergedTensor:
     "One tensor of the merged model, and what it is made of"
     name: str  # in the merged file
     stored: StoredTensor  # where its numbers come from, in the base or in the adapter
@@ -235,14 +235,14 @@ class Piece:
 class MergePlan:
     "What a merged model will consist of"
     folder: Path  # the base
-    shards: dict[str, list[Piece]]  # file name -> its tensors, in order
+    shards: dict[str, list[MergedTensor]]  # file name -> its tensors, in order
     layers: dict  # module's name -> layer of PEFT
     start: str | None  # the adapter's start, where it changes the base
     settings: dict  # what changes in config.json
     generation_config: object  # of the base
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[MergedTensor]:
         "All tensors"
         return [piece for pieces in self.shards.values() for piece in pieces]
 
@@ -296,7 +296,7 @@ def place_names(
 
 # %% ../nbs/088a_hollow.ipynb #10cf2daf
 def check_pieces(
-    pieces: list[Piece],  # of the merged model
+    pieces: list[MergedTensor],  # of the merged model
     shapes: dict[str, tuple[int, ...]],  # name in the files -> shape that the model asks for
 ) -> None:  # raises
     "Refuse a file of another model's weights"
@@ -349,7 +349,7 @@ def plan_merge(
     for key, name, tensor in list_tensors(stored, places, parted, tied):
         kind, by = changes.get(name, ("", ""))
         source = whole[by] if kind == "whole" else below.get(name, tensor)
-        shards[tensor.file.name].append(Piece(key, source, tensor.dtype and (dtype or tensor.dtype),
+        shards[tensor.file.name].append(MergedTensor(key, source, tensor.dtype and (dtype or tensor.dtype),
                                              by * (kind == "layer"), rounded.get(name, "") * (kind != "whole")))
     settings |= {"tie_word_embeddings": False} if parted else {}
     plan = MergePlan(folder, shards, layers, start, settings, model.generation_config)

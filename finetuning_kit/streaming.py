@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['BLOCK', 'as_bytes', 'read_numbers', 'write_all', 'copy_bytes', 'check_finite', 'add_lora', 'round_to_4bit',
+__all__ = ['BLOCK', 'as_bytes', 'read_numbers', 'write_all', 'copy_bytes', 'check_finite', 'add_low_rank', 'round_to_4bit',
            'read_piece', 'write_piece', 'restart', 'merge_layer', 'PieceWriter', 'file_head', 'write_shards',
            'write_settings', 'stream_merge']
 
 # %% ../nbs/088b_streaming.ipynb #e9e0421c
 from .bases import StoredTensor, base_folder, read_header
-from .hollow import MergePlan, Piece, placeholder, plain_lora, plan_merge
+from .hollow import MergePlan, MergedTensor, placeholder, plain_lora, plan_merge
 from .models import four_bit_config, quiet_libraries, stop_token_ids, torch_dtype
 from .runs import staged
 from .settings import FinetuningError
@@ -100,7 +100,7 @@ def check_finite(
         raise FinetuningError(f"the adapter cannot be merged: NaNs or infinite numbers in {name}; train it again")
 
 # %% ../nbs/088b_streaming.ipynb #ff091246
-def add_lora(
+def add_low_rank(
     rows,  # some rows of W [rows, d_in]; may be changed
     a,  # A [r, d_in]
     b,  # the same rows of B [rows, r]
@@ -128,7 +128,7 @@ def round_to_4bit(
 
 
 def read_piece(
-    piece: Piece,  # a tensor of the merged model
+    piece: MergedTensor,  # a tensor of the merged model
 ):  # its numbers before the adapter is added
     "Read a tensor as training saw it"
     numbers = read_numbers(piece.stored).view(piece.shape).to(piece.dtype)
@@ -141,7 +141,7 @@ BLOCK = 2**17  # numbers that are added at once: what fits in a processor's cach
 
 
 def write_piece(
-    piece: Piece,  # a tensor to which plain LoRA, or nothing, is added
+    piece: MergedTensor,  # a tensor to which plain LoRA, or nothing, is added
     out,  # a file, open for writing and not buffered
     lora: tuple | None = None,  # A, B and the scale
 ) -> None:
@@ -155,7 +155,7 @@ def write_piece(
                 if whole is None else whole[first:first + count])
         if lora:
             a, b, scale = lora
-            total = add_lora(rows, a, b[first:first + count], scale)
+            total = add_low_rank(rows, a, b[first:first + count], scale)
             rows = total.to(piece.dtype)
             check_finite(rows if piece.kind == "F16" else total, piece.name)  # fp16 ends at 65,504
         write_all(out, as_bytes(rows))
@@ -225,7 +225,7 @@ class PieceWriter:
             self.held[piece.name] = merged[name].to(piece.dtype)
             check_finite(self.held[piece.name], piece.name)
 
-    def write(self, piece: Piece, out) -> None:
+    def write(self, piece: MergedTensor, out) -> None:
         "Write one tensor"
         plain = plain_lora(self.plan.layers[piece.layer]) if piece.layer and not self.plan.start else None
         if piece.is_copied:
@@ -242,7 +242,7 @@ class PieceWriter:
 
 # %% ../nbs/088b_streaming.ipynb #4ab94c97
 def file_head(
-    pieces: list[Piece],  # of one file, in order
+    pieces: list[MergedTensor],  # of one file, in order
     file: Path,  # the base's file of that name
 ) -> bytes:  # what stands before the first tensor
     "Write a safetensors file's header; the base's own where nothing moves"
