@@ -140,7 +140,7 @@ _REQUEST = re.compile(
     r"|classify|identify|suggest|compare|calculate|convert|provide|design|construct|compose|outline|analy[sz]e|tell"
     r"|determine|make|choose|select|propose|develop|discuss|brainstorm|rephrase|complete|arrange|sort|replace|correct"
     r"|answer|predict|estimate|evaluate|extract|count|solve|show)\b", re.I)
-ASKING, QUIET = 0.6, 0.2  # in a set turned round: share of the assistant's texts that ask at least, the user's at most
+ASKING, QUIET = 0.6, 0.2  # share of the assistant's texts that ask, at least, and of the user's, at most, once turned
 N_TURNED = 20  # texts of each; fewer say nothing about a set
 
 
