@@ -103,7 +103,7 @@ def named_tensors(
                        if module is model.get_output_embeddings()), None)
     return found
 
-
+# %% ../nbs/093_extraction.ipynb #c89f1237
 @dataclass(frozen=True)
 class ModelPair:
     "A base and a fine-tuned form of it, on disk"
@@ -118,7 +118,8 @@ class ModelPair:
 
     def differs(self, name: str) -> bool:
         "Whether a tensor is another one in the fine-tuned model"
-        base, tuned = (self._open(side, name, lambda file, key: file.get_tensor(key)) for side in (self.base, self.tuned))
+        whole = lambda file, key: file.get_tensor(key)
+        base, tuned = (self._open(side, name, whole) for side in (self.base, self.tuned))
         return not (torch.equal(base, tuned) if base.dtype == tuned.dtype else torch.equal(base.float(), tuned.float()))
 
     def change(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,8 +148,8 @@ def pair_models(
     models = [bare_model(path) for path in (base_model_path, tuned_model_path)]
     kinds = [(model.config.model_type, type(model).__name__) for model in models]
     if kinds[0] != kinds[1]:
-        raise FinetuningError(f"{base_model_path} is a {kinds[0][1]} and {tuned_model_path} a {kinds[1][1]}; an adapter "
-                              "lies between two forms of one model")
+        raise FinetuningError(f"{base_model_path} is a {kinds[0][1]} and {tuned_model_path} a {kinds[1][1]}; an "
+                              "adapter lies between two forms of one model")
     if len({bool(model.config.tie_word_embeddings) for model in models}) > 1:
         raise FinetuningError("only one of the two models shares a matrix between embeddings and output head; save "
                               "both in the same way first")
@@ -250,7 +251,8 @@ def draw_energy(
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes, ranks = figure.subplots(), range(1, max(map(len, curve.found.values())) + 1)
     layers = [[curve.of(layer, rank) for layer in curve.found] for rank in ranks]
-    axes.fill_between(ranks, list(map(min, layers)), list(map(max, layers)), color="#cfd8dc", label="energy, each layer")
+    ends = list(map(min, layers)), list(map(max, layers))
+    axes.fill_between(ranks, *ends, color="#cfd8dc", label="energy, each layer")
     axes.plot(ranks, [curve.at(rank) for rank in ranks], color="#1565c0", label="energy, all layers")
     if scores:
         axes.plot(*zip(*sorted(scores.items())), color="#c62828", marker="o", label="score")
@@ -291,7 +293,8 @@ def whole_modules(
 ) -> tuple[list[str], list[str]]:  # modules to save, and biases of linear layers
     "Say which modules must be stored whole, and which biases alone"
     linear = {f"{layer.removesuffix('.weight')}.bias" for layer in lora_places(pair)}
-    modules, parts = {name.rpartition(".")[0] for name in changed if name not in linear}, dict(pair.model.named_modules())
+    modules = {name.rpartition(".")[0] for name in changed if name not in linear}
+    parts = dict(pair.model.named_modules())
     both = pair.model.get_input_embeddings(), pair.model.get_output_embeddings()
     ends = {name for name, part in parts.items() if part in both}
     if pair.model.config.tie_word_embeddings and modules & ends:
@@ -357,7 +360,8 @@ def extracted_config(
     transposed = any(not isinstance(pair.model.get_submodule(layer), torch.nn.Linear) for layer in ranks)
     return LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=odd, alpha_pattern=dict(odd), lora_dropout=0.0,
-        target_modules=layer_names(pair.model, list(ranks)), fan_in_fan_out=transposed, bias="all" if biases else "none",
+        target_modules=layer_names(pair.model, list(ranks)), fan_in_fan_out=transposed,
+        bias="all" if biases else "none",
         modules_to_save=modules or None, task_type="CAUSAL_LM", inference_mode=True,
         base_model_name_or_path=str(base_model_path))
 

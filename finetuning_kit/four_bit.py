@@ -239,7 +239,7 @@ def measure_way(
     file = Path(opened["lora_path"]) / "adapter_model.safetensors"
     return FourBitWay(way, check, file.stat().st_size if way == UNMERGED else weight_bytes(model), changes)
 
-
+# %% ../nbs/095_four_bit.ipynb #078fc2ab
 def compare_ways(
     base_model_path: str | Path,  # the base: "pocket", a folder or a Hub name
     lora_path: str | Path,  # the adapter's folder
@@ -342,7 +342,8 @@ def merge_trained_in_4bit(
         raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
     report = compare_ways(base_model_path, lora_path, prompts, records, **options)
     in_4bit = choose_way(report, way, force) == DEQUANTISED and options.get("load_in_4bit", True)
-    folder = merge_lora_weights(base_model_path, lora_path, output_path, options.get("precision", "auto"), in_4bit)
+    folder = merge_lora_weights(base_model_path, lora_path, output_path, options.get("precision", "auto"), in_4bit,
+                                prompts=prompts, allow_difference=force)
     report = replace(report, folder=folder)
     (folder / WAYS_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report

@@ -104,7 +104,7 @@ def check_output(
         raise FinetuningError(f"{output_path} needs {n_bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; "
                               "nothing was written; make room, or choose a folder on another disk")
 
-
+# %% ../nbs/092_merging.ipynb #293696e5
 @contextmanager
 def unfinished(
     output_path: Path,  # the folder that shall appear, and does not exist

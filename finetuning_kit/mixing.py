@@ -34,8 +34,8 @@ def read_weights(
 ) -> list[tuple[Path, float]]:  # those with a weight other than 0
     "Read which adapters are to be mixed, and how much of each"
     try:
-        pairs = [(Path(path), weight) for path, weight in dict(adapters).items()] if isinstance(adapters, Mapping) else [
-            (Path(path), weight) for path, weight in adapters]
+        given = dict(adapters).items() if isinstance(adapters, Mapping) else adapters
+        pairs = [(Path(path), weight) for path, weight in given]
     except (TypeError, ValueError):
         raise FinetuningError(f"`adapters` must be {{folder: weight}} or pairs of both, got {adapters!r:.60}") from None
     if not pairs:
@@ -48,7 +48,7 @@ def read_weights(
         raise FinetuningError("all weights are 0, so nothing would be left; give one adapter another weight")
     return kept
 
-
+# %% ../nbs/094_mixing.ipynb #31613097
 def check_combination(
     pairs: list[tuple[Path, float]],  # from `read_weights`
     combination: str,  # one of `COMBINATIONS`
@@ -69,11 +69,11 @@ def check_combination(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise FinetuningError(f"`rank` must be a whole number, at least 1, got {rank!r:.40}")
     if len(pairs) == 1 and (sparse or rank):
-        raise FinetuningError(f"only one adapter has a weight, and PEFT would only scale it, whatever {combination} is; "
-                              "choose cat")
+        raise FinetuningError(f"only one adapter has a weight, and PEFT would only scale it, whatever {combination} "
+                              "is; choose cat")
     if "ties" in combination and min(weight for _, weight in pairs) < 0:
-        raise FinetuningError("PEFT's TIES elects signs before weights are applied, so a negative weight would turn the "
-                              "winner round; take cat or svd to subtract an adapter")
+        raise FinetuningError("PEFT's TIES elects signs before weights are applied, so a negative weight would turn "
+                              "the winner round; take cat or svd to subtract an adapter")
 
 # %% ../nbs/094_mixing.ipynb #5f3581b4
 PLAIN = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "target_parameters": None,
@@ -125,7 +125,8 @@ def check_same_base(
         raise FinetuningError(f"{coarse} was trained on the base in 4 bits and others were not, so no form of the base "
                               "suits the mix; train them alike, or write the form to merge into with `record_base`")
     widths = [record.get("precision", "fp32") for record in known.values()]
-    widest = "fp32" if "fp32" in widths or len(set(widths)) > 1 else next(iter(widths), stored_precision(base_model_path))
+    mixed = "fp32" in widths or len(set(widths)) > 1
+    widest = "fp32" if mixed else next(iter(widths), stored_precision(base_model_path))
     return {"precision": widest, "load_in_4bit": any(record["load_in_4bit"] for record in known.values())}
 
 # %% ../nbs/094_mixing.ipynb #8896170f
@@ -185,10 +186,10 @@ def check_ranks(
             if rank is not None and rank > most:
                 raise FinetuningError(f"`rank` {rank} is more than `{where}` has, {most}; choose a smaller one")
             if len(ranks) > 1 and combination != "cat" and not combination.endswith("svd"):
-                raise FinetuningError(f"the adapters have ranks {' and '.join(map(str, sorted(ranks)))} at `{where}`, and "
-                                      f"{combination} adds factor to factor; take cat or svd, which mix any ranks")
+                raise FinetuningError(f"the adapters have ranks {' and '.join(map(str, sorted(ranks)))} at `{where}`, "
+                                      f"and {combination} adds factor to factor; take cat or svd, which mix any ranks")
 
-
+# %% ../nbs/094_mixing.ipynb #694ef1ab
 def add_adapters(
     model,  # from `attach_all`
     weights: list[float],  # one an adapter
@@ -234,7 +235,7 @@ def mixed_config(
                    use_rslora=False, target_modules=layer_names(bare_model(base_model_path), list(ranks)),
                    base_model_name_or_path=str(base_model_path), inference_mode=True, revision=None)
 
-
+# %% ../nbs/094_mixing.ipynb #e54542ee
 def mix_adapters(
     base_model_path: str | Path,  # the base of all: "pocket", a folder or a Hub name
     adapters: Mapping | list[tuple],  # {folder: weight} or [(folder, weight)]; a weight of 0 leaves one out
@@ -283,5 +284,6 @@ def mix_difference(
             wanted = sum(weight * layer.get_delta_weight(f"mix{number}")
                          for number, (_, weight) in enumerate(pairs) if f"mix{number}" in there)
             made = layer.get_delta_weight(f"mix{len(pairs)}") if f"mix{len(pairs)}" in there else 0 * wanted
-            off, size = off + float((made - wanted).square().sum()), size + float(torch.as_tensor(wanted).square().sum())
+            off += float((made - wanted).square().sum())
+            size += float(torch.as_tensor(wanted).square().sum())
     return (off / size) ** 0.5 if size else math.inf

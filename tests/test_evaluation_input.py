@@ -177,7 +177,8 @@ def test_rubbish_beside_a_model_is_told_before_it_is_asked(tmp_path):
     calls = {
         "`keep_in`": [lambda: evaluate(*asked, keep_in=3), lambda: evaluate_finetuned_model(*asked, keep_in=3),
                       lambda: collect_answers(model, tokenizer, [[1]], keep_in=3)],
-        "`on_progress`": [lambda: evaluate(*asked, on_progress=3), lambda: text_exchanges(*asked[:2], ["a"], 8, None, 3),
+        "`on_progress`": [lambda: evaluate(*asked, on_progress=3),
+                          lambda: text_exchanges(*asked[:2], ["a"], 8, None, 3),
                           lambda: evaluate_finetuned_model(*asked, on_progress=3)],
         "`on_note`": [lambda: evaluate(*asked, on_note=3)],
         "`mine` failed": [lambda: evaluate(*asked, metrics=(row_metric("mine", "", lambda each: 1 / 0),)),

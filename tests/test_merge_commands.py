@@ -80,7 +80,8 @@ REFUSED = {
     "mine --prompts gone.jsonl": "gone.jsonl", "mine --density 0.5": "for several adapters",
     "mine --combination ties": "for several adapters", "mine --output mine/adapter/x": "lies inside",
     "mine --output ask.txt/x": "is no folder", "mine --output ask.txt": "exists already",
-    "--adapter mine=0.5 --adapter mine=0.5": "--output FOLDER", "--adapter gone=0.5 --output x": "no folder that exists",
+    "--adapter mine=0.5 --adapter mine=0.5": "--output FOLDER",
+    "--adapter gone=0.5 --output x": "no folder that exists",
     "mine --precision fp8": "invalid choice", "mine --verify-not": "unknown flag",
 }
 

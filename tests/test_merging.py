@@ -1,4 +1,4 @@
-"""Merging: what cannot be merged is refused in a sentence, what differs leaves no folder, and the sources stay as they are."""
+"""Merging: what cannot be merged is refused, what differs leaves no folder, and the sources stay as they are."""
 import json
 import os
 import shutil

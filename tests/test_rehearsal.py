@@ -10,6 +10,7 @@ import torch
 
 from finetuning_kit import rehearsal
 from finetuning_kit.by_heart import BY_HEART, mask_is_right, open_stage, try_by_heart
+from finetuning_kit.hollow import CannotStream
 from finetuning_kit.merging import fold_adapter
 from finetuning_kit.models import pocket_model_path
 from finetuning_kit.profiles import demo_config
@@ -213,7 +214,8 @@ def test_a_merge_that_is_off(stage):
         merged.lm_head.weight.data.mul_(1.01)
         return merged
 
-    with patch("finetuning_kit.merging.fold_adapter", bent):
+    in_memory = patch("finetuning_kit.merging.stream_merge", side_effect=CannotStream("bent"))
+    with in_memory, patch("finetuning_kit.merging.fold_adapter", bent):
         merge, export = tried(stage, "merged = adapter", "the export can be read")
     assert (merge.verdict, export.verdict) == ("red", "red") and "use the `adapter`" in merge.fix
 

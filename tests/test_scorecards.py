@@ -72,7 +72,7 @@ def hostile_card(text):
     rows = [exchange(text, text, text or None), exchange("4", text + "!", text)]
     metric = row_metric(text or "empty", text, lambda each: float(bool(each.text.strip())), needs=())
     other = [replace(row, answer=Answer("no", 1, False)) for row in rows]
-    card = to_scorecard(compare(Evaluation(rows, (metric,)), Evaluation(other, (metric,))), (text or "a", f"{text} 2"),
+    card = to_scorecard(compare(Evaluation(rows, (metric,)), Evaluation(other, (metric,))), (f"{text} 1", f"{text} 2"),
                         text, [text])
     card.settings = [{"name": text, "values": [text, text], "help": text}]
     card.gate = {"exit_code": 1, "reasons": [text]}
