@@ -118,8 +118,7 @@ class ModelPair:
 
     def differs(self, name: str) -> bool:
         "Whether a tensor is another one in the fine-tuned model"
-        whole = lambda file, key: file.get_tensor(key)
-        base, tuned = (self._open(side, name, whole) for side in (self.base, self.tuned))
+        base, tuned = (self._open(side, name, lambda f, key: f.get_tensor(key)) for side in (self.base, self.tuned))
         return not (torch.equal(base, tuned) if base.dtype == tuned.dtype else torch.equal(base.float(), tuned.float()))
 
     def change(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,8 +250,7 @@ def draw_energy(
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes, ranks = figure.subplots(), range(1, max(map(len, curve.found.values())) + 1)
     layers = [[curve.of(layer, rank) for layer in curve.found] for rank in ranks]
-    ends = list(map(min, layers)), list(map(max, layers))
-    axes.fill_between(ranks, *ends, color="#cfd8dc", label="energy, each layer")
+    axes.fill_between(ranks, list(map(min, layers)), list(map(max, layers)), color="#ccd", label="energy, each layer")
     axes.plot(ranks, [curve.at(rank) for rank in ranks], color="#1565c0", label="energy, all layers")
     if scores:
         axes.plot(*zip(*sorted(scores.items())), color="#c62828", marker="o", label="score")
@@ -293,8 +291,7 @@ def whole_modules(
 ) -> tuple[list[str], list[str]]:  # modules to save, and biases of linear layers
     "Say which modules must be stored whole, and which biases alone"
     linear = {f"{layer.removesuffix('.weight')}.bias" for layer in lora_places(pair)}
-    modules = {name.rpartition(".")[0] for name in changed if name not in linear}
-    parts = dict(pair.model.named_modules())
+    modules, parts = {name.rpartition(".")[0] for name in set(changed) - linear}, dict(pair.model.named_modules())
     both = pair.model.get_input_embeddings(), pair.model.get_output_embeddings()
     ends = {name for name, part in parts.items() if part in both}
     if pair.model.config.tie_word_embeddings and modules & ends:
@@ -361,8 +358,7 @@ def extracted_config(
     return LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=odd, alpha_pattern=dict(odd), lora_dropout=0.0,
         target_modules=layer_names(pair.model, list(ranks)), fan_in_fan_out=transposed,
-        bias="all" if biases else "none",
-        modules_to_save=modules or None, task_type="CAUSAL_LM", inference_mode=True,
+        bias="all" if biases else "none", modules_to_save=modules or None, task_type="CAUSAL_LM", inference_mode=True,
         base_model_name_or_path=str(base_model_path))
 
 

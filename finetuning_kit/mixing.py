@@ -61,7 +61,7 @@ def check_combination(
     sparse, number = combination.removesuffix("_svd") in SPARSE, isinstance(density, (int, float))
     if sparse and not (number and not isinstance(density, bool) and 0 < density <= 1):
         raise FinetuningError(f"{combination} needs a `density` above 0 and up to 1, the share of entries that stay, "
-                              f"got {density!r:.40}; 0.5 is a good start")
+                              f"got {density!r:.40}; set `density` to 0.5")
     if density is not None and not sparse:
         raise FinetuningError(f"{combination} cuts nothing away, so it has no use for `density`; leave it out")
     if rank is not None and not combination.endswith("svd"):

@@ -22,7 +22,8 @@ ASK = ["What is the capital of Italy?", "Name the opposite of hot."]
 
 def hashes(folder):
     "Name and hash of every file below a folder."
-    return {str(path.relative_to(folder)): file_hash(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_hash(path) for path in files}
 
 
 @pytest.fixture(scope="module")
