@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   finetuning-kit merge runs/qa_rows                      the run's adapter into its own base
   finetuning-kit merge my_adapter --base Qwen/Qwen3-0.6B --output my_model --precision bf16
   finetuning-kit merge runs/qa_rows --way original       a four-bit run, into the base before it was rounded
-  finetuning-kit merge --adapter runs/a=0.7 --adapter runs/b=0.3 --combination ties --output both
+  finetuning-kit merge --adapter runs/a=0.7 --adapter runs/b=0.3 --combination ties --density 0.5 --output both
 exit code: 0 the merged model is the trained one (or nobody asked), 1 it differs, 2 refused, 3 there was no room to look
 """
 

@@ -71,7 +71,8 @@ def lose_shard(home):
     "An index that names a file which is not there."
     names = list(load_file(home / "base" / "model.safetensors"))
     (home / "base" / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": {}, "weight_map": {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)}}))
+        {"metadata": {}, "weight_map": {
+            name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)}}))
     shutil.move(home / "base" / "model.safetensors", home / "base" / "model-00001-of-00002.safetensors")
 
 
@@ -115,7 +116,8 @@ def test_bad_sources_are_refused_and_left_alone(name, copies, tmp_path):
 
 def test_a_merge_proves_itself_and_says_so(sources, tmp_path):
     before, heard = hashes(sources), []
-    out = merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "out", prompts=ASK, on_event=heard.append)
+    out = merge_lora_weights(
+        sources / "base", sources / "adapter", tmp_path / "out", prompts=ASK, on_event=heard.append)
     check = load_check(out)
     assert check.passed and check.n_prompts == 2 and check.adapter_effect > 0.1 and check.kl < 1e-9
     assert check.extreme["relative_difference"] < 1e-4 and check.before["relative_difference"] < 1e-5
@@ -124,7 +126,8 @@ def test_a_merge_proves_itself_and_says_so(sources, tmp_path):
     assert (told["base"], told["precision"], told["way"]) == ("a local model", "fp32", "plain")
     card = (out / "README.md").read_text()
     assert "## Merged and verified" in card and str(tmp_path) not in card + json.dumps(told)
-    assert [event["type"] for event in heard if event["type"] != "tensors"] == ["write", "proof", "proof", "check", "merged"]
+    kinds = [event["type"] for event in heard if event["type"] != "tensors"]
+    assert kinds == ["write", "proof", "proof", "check", "merged"]
     assert all(all(map(str, merge_event_words(event))) for event in heard)
     assert hashes(sources) == before and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     trained = attach_adapter(load_model(str(sources / "base")), sources / "adapter")
@@ -222,7 +225,8 @@ def test_an_interrupted_merge_leaves_nothing(sources, tmp_path):
 
 
 def test_prompts_of_every_kind(sources, tmp_path):
-    config, tokenizer = load_model("pocket").config.to_dict() | {"max_position_embeddings": 40}, load_tokenizer("pocket")
+    config = load_model("pocket").config.to_dict() | {"max_position_embeddings": 40}
+    tokenizer = load_tokenizer("pocket")
     found, notes = proof_prompts(tokenizer, config, tmp_path, ["word " * 100, [1, 2, 3]], max_new_tokens=10)
     assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens" in notes[0]
     tokenizer.chat_template = None
