@@ -70,10 +70,10 @@ def harmless(page):
 def hostile_card(text):
     "A report in which every text is this one."
     rows = [exchange(text, text, text or None), exchange("4", text + "!", text)]
-    metric = row_metric(text or "empty", text, lambda each: float(bool(each.text.strip())), needs=())
+    metric = row_metric(text if text.strip() else "empty", text, lambda each: float(bool(each.text.strip())), needs=())
     other = [replace(row, answer=Answer("no", 1, False)) for row in rows]
-    card = to_scorecard(compare(Evaluation(rows, (metric,)), Evaluation(other, (metric,))), (f"{text} 1", f"{text} 2"),
-                        text, [text])
+    names = (text if text.strip() else "a", f"{text} 2")
+    card = to_scorecard(compare(Evaluation(rows, (metric,)), Evaluation(other, (metric,))), names, text, [text])
     card.settings = [{"name": text, "values": [text, text], "help": text}]
     card.gate = {"exit_code": 1, "reasons": [text]}
     card.runs = [{"name": text, "status": text, "history": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]}]
