@@ -44,14 +44,16 @@ def hollow_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_model_config(Path(folder) / "config.json")
-    with quiet_libraries():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if getattr(config, "quantization_config", None):
-            raise CannotStream(f"the weights in {folder} are stored quantised")
-        if n_tokens:
-            config.get_text_config().vocab_size = n_tokens
-        with torch.device("meta"):
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if n_tokens:
+                config.get_text_config().vocab_size = n_tokens
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as problem:
+        raise FinetuningError(f"{folder}: its config.json makes no language model: {problem!s:.120}") from problem
+    if getattr(config, "quantization_config", None):
+        raise CannotStream(f"the weights in {folder} are stored quantised; pass the model before it was quantised")
     held = {}  # a tied weight stays one
     for module in model.modules():
         for name, weight in module._parameters.items():

@@ -23,10 +23,10 @@ from .bases import (
 from .collecting import HeldFile
 from .hollow import CannotStream
 from .metrics import package_version
-from .models import load_model, load_tokenizer, quiet_libraries, stop_token_ids, torch_dtype
+from .models import load_model, load_tokenizer, quiet_libraries, torch_dtype
 from .runs import RunFiles, RunLog, file_hash, staged, sync_folder
 from .settings import FinetuningError
-from .streaming import stream_merge
+from .streaming import add_stops, stream_merge
 from .verification import (
     WEIGHT_BYTES, MergeCheck, compare_logits, proof_prompts, proof_room, verify_merge)
 
@@ -75,9 +75,7 @@ def save_whole(
     folder: str | Path,  # where to; must not exist
 ) -> None:  # fills the folder, whole or not at all
     "Save weights, tokenizer, chat template and generation settings together"
-    stops = model.generation_config.eos_token_id or []
-    stops = [stops] if isinstance(stops, int) else stops
-    model.generation_config.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
+    add_stops(model.generation_config, tokenizer)
     with staged(folder, int(1.1 * model.get_memory_footprint()), "merge again") as stage, quiet_libraries():
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPARSE', 'COMBINATIONS', 'PLAIN', 'BASE_STARTS', 'read_weights', 'check_combination', 'read_lora', 'check_same_base',
-           'weightless_model', 'attach_all', 'check_ranks', 'add_adapters', 'mixed_config', 'mix_adapters',
-           'mix_difference']
+           'attach_all', 'check_ranks', 'add_adapters', 'mixed_config', 'mix_adapters', 'mix_difference']
 
 # %% ../nbs/094_mixing.ipynb #7c7d91ed
 import json
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from .extraction import bare_model, layer_names, save_adapter
-from .bases import BASE_RECORD, check_base, read_adapter, record_base, stored_precision
+from .bases import BASE_RECORD, base_folder, check_base, read_adapter, record_base, stored_precision
+from .extraction import layer_names, save_adapter
+from .hollow import hollow_model
 from .models import load_tokenizer, quiet_libraries
 from .runs import file_hash, staged
 from .settings import FinetuningError
@@ -130,18 +130,6 @@ def check_same_base(
     return {"precision": widest, "load_in_4bit": any(record["load_in_4bit"] for record in known.values())}
 
 # %% ../nbs/094_mixing.ipynb #8896170f
-def weightless_model(
-    model_name: str | Path,  # "pocket", a folder, or a Hub name that has been loaded before
-):  # a causal language model, all zeros, that takes next to no memory
-    "Build a model's shapes without memory, for adapters to be attached to"
-    model = bare_model(model_name).float()
-    for part in model.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
-    return model
-
-
 def attach_all(
     base_model_path: str | Path,  # the base
     paths: list[Path],  # adapters' folders
@@ -149,7 +137,7 @@ def attach_all(
     "Attach several adapters to the shapes of their base, and make sure that every weight finds its place"
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    model = weightless_model(base_model_path)
+    model = hollow_model(base_folder(base_model_path))
     places = {name for name, _ in model.named_modules()}
     for number, path in enumerate(paths):
         config, weights = read_lora(path)
@@ -231,8 +219,9 @@ def mixed_config(
             ranks[layer] = weight.shape[0]
     usual = Counter(ranks.values()).most_common(1)[0][0]
     odd = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    places = layer_names(hollow_model(base_folder(base_model_path)), list(ranks))
     return replace(model.peft_config["mixed"], r=usual, lora_alpha=usual, rank_pattern=odd, alpha_pattern=dict(odd),
-                   use_rslora=False, target_modules=layer_names(bare_model(base_model_path), list(ranks)),
+                   use_rslora=False, target_modules=places,
                    base_model_name_or_path=str(base_model_path), inference_mode=True, revision=None)
 
 # %% ../nbs/094_mixing.ipynb #e54542ee

@@ -16,7 +16,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['BLOCK', 'as_bytes', 'read_numbers', 'write_all', 'copy_bytes', 'check_finite', 'add_low_rank', 'round_to_4bit',
            'read_piece', 'write_piece', 'restart', 'merge_layer', 'PieceWriter', 'file_head', 'write_shards',
-           'write_settings', 'stream_merge']
+           'add_stops', 'write_settings', 'stream_merge']
 
 # %% ../nbs/090_streaming.ipynb #e9e0421c
 from .bases import StoredTensor, base_folder, read_header
@@ -137,9 +137,6 @@ def read_piece(
     return round_to_4bit(numbers) if piece.in_4bit else numbers
 
 # %% ../nbs/090_streaming.ipynb #bce4e56e
-BLOCK = 2**17  # numbers that are added at once: what fits in a processor's cache
-
-
 def write_piece(
     piece: MergedTensor,  # a tensor to which plain LoRA, or nothing, is added
     out,  # a file, open for writing and not buffered
@@ -283,6 +280,16 @@ def write_shards(
         (stage / index.name).write_text(text, encoding="utf-8")
 
 
+def add_stops(
+    generation,  # a GenerationConfig, changed
+    tokenizer,  # with the chat template whose turns end an answer
+) -> None:
+    "Let generation stop where the tokenizer's turns end"
+    stops = generation.eos_token_id or []
+    stops = [stops] if isinstance(stops, int) else stops
+    generation.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
+
+
 def write_settings(
     plan: MergePlan,  # what was written
     stage: Path,  # where to
@@ -297,9 +304,7 @@ def write_settings(
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = plan.generation_config
     if tokenizer is not None:
-        stops = generation.eos_token_id or []
-        stops = [stops] if isinstance(stops, int) else stops
-        generation.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
+        add_stops(generation, tokenizer)
         tokenizer.save_pretrained(stage)
     generation.save_pretrained(stage)
 
@@ -323,7 +328,7 @@ def stream_merge(
     if free < 1.02 * plan.n_bytes:
         raise FinetuningError(f"{output_path} needs {plan.n_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free, "
                               "nothing was written; make room or choose a folder on another disk")
-    with staged(output_path, plan.n_bytes) as stage, quiet_libraries():
+    with staged(output_path, plan.n_bytes, "merge again") as stage, quiet_libraries():
         write_shards(plan, stage, on_progress)
         write_settings(plan, stage, tokenizer)
     return plan
