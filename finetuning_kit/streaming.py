@@ -15,8 +15,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['BLOCK', 'as_bytes', 'read_numbers', 'write_all', 'copy_bytes', 'check_finite', 'add_low_rank', 'round_to_4bit',
-           'read_piece', 'write_piece', 'restart', 'merge_layer', 'PieceWriter', 'file_head', 'write_shards',
-           'add_stops', 'write_settings', 'stream_merge']
+           'read_piece', 'write_piece', 'restart', 'merge_layer', 'PieceWriter', 'file_head', 'add_stops',
+           'write_shards', 'write_settings', 'stream_merge']
 
 # %% ../nbs/090_streaming.ipynb #e9e0421c
 from .bases import StoredTensor, base_folder, read_header
@@ -257,6 +257,16 @@ def file_head(
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
+# %% ../nbs/090_streaming.ipynb #9abb32af
+def add_stops(
+    generation,  # a GenerationConfig, changed
+    tokenizer,  # with the chat template whose turns end an answer
+) -> None:
+    "Let generation stop where the tokenizer's turns end"
+    stops = generation.eos_token_id or []
+    stops = [stops] if isinstance(stops, int) else stops
+    generation.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
+
 # %% ../nbs/090_streaming.ipynb #fb0fcc64
 def write_shards(
     plan: MergePlan,  # what to write
@@ -278,16 +288,6 @@ def write_shards(
             content = {"metadata": {"total_size": plan.n_bytes}, "weight_map": dict(sorted(listed.items()))}
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (stage / index.name).write_text(text, encoding="utf-8")
-
-
-def add_stops(
-    generation,  # a GenerationConfig, changed
-    tokenizer,  # with the chat template whose turns end an answer
-) -> None:
-    "Let generation stop where the tokenizer's turns end"
-    stops = generation.eos_token_id or []
-    stops = [stops] if isinstance(stops, int) else stops
-    generation.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
 
 
 def write_settings(
