@@ -263,8 +263,8 @@ def add_stops(
     tokenizer,  # with the chat template whose turns end an answer
 ) -> None:
     "Let generation stop where the tokenizer's turns end"
-    stops = generation.eos_token_id or []
-    stops = [stops] if isinstance(stops, int) else stops
+    stops = generation.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else stops
     generation.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
 
 # %% ../nbs/090_streaming.ipynb #fb0fcc64
