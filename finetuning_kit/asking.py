@@ -102,6 +102,7 @@ def check_prompts(
     prompts: list[list[int]],  # token ids of each prompt
     max_new_tokens: int,  # tokens an answer may have
     batch_size: int,  # prompts answered at once
+    model=None,  # that shall answer; None: whether it knows the tokens is not looked at
 ) -> None:  # raises for what cannot be answered
     "Refuse what cannot be answered, before the model is touched"
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -109,6 +110,7 @@ def check_prompts(
             raise FinetuningError(f"`{name}` must be at least 1, a whole number, got {value!r:.60}; 64 tokens and "
                                   "32 prompts are good starts")
     check_kind([object], prompts=prompts)
+    n_words = model and getattr(model.get_input_embeddings(), "num_embeddings", None)
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             raise FinetuningError(f"`prompts[{row}]` is text; pass token ids: encode_prompt(tokenizer, record)")
@@ -118,6 +120,9 @@ def check_prompts(
         if not kind_fits(prompt[0], "whole"):
             raise FinetuningError(f"`prompts[{row}]` must hold token ids, got {prompt[0]!r:.60}; pass "
                                   "encode_prompt(tokenizer, record)")
+        if n_words and not 0 <= min(prompt) <= max(prompt) < n_words:
+            raise FinetuningError(f"`prompts[{row}]` holds token {min(prompt) if min(prompt) < 0 else max(prompt)}, "
+                                  f"and the model knows 0 to {n_words - 1}; is the tokenizer another model's?")
 
 # %% ../nbs/049_asking.ipynb #0d69ca5d
 def ask_batch(
@@ -142,7 +147,7 @@ def generate_answers(
     on_progress: Callable[[int, int], None] | None = None,  # called with (answered, total) after each batch
 ) -> list[Answer]:  # one answer a prompt, in the order of the prompts
     "Answer every prompt greedily, in left-padded batches of similar length"
-    check_prompts(prompts, max_new_tokens, batch_size)
+    check_prompts(prompts, max_new_tokens, batch_size, model)
     answers: list = [None] * len(prompts)
     batches = batches_by_length(prompts, batch_size, same_length=virtual_positions(model, in_labels=True) > 0)
     with plain_greedy(model, tokenizer, max_new_tokens) as settings, quiet_libraries():

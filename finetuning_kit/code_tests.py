@@ -296,7 +296,7 @@ def sample_answers(
     batch_size: int = 32,  # answers generated at once
 ) -> list[list[Answer]]:  # n answers a prompt, in the order of the prompts
     "Draw several answers to every prompt"
-    check_prompts(prompts, max_new_tokens, batch_size)
+    check_prompts(prompts, max_new_tokens, batch_size, model)
     check_kind("count", n=n)
     check_kind("whole", seed=seed)
     check_kind("number", temperature=temperature, top_p=top_p)

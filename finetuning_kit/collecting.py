@@ -322,7 +322,7 @@ def collect_answers(
     formatter: DatasetFormatter | None = None,  # that the prompts were made with; None: the chat template
 ) -> Collected:  # one answer a prompt
     "Answer every prompt greedily; lose nothing to a kill, and little to a full memory"
-    check_prompts(prompts, max_new_tokens, batch_size)
+    check_prompts(prompts, max_new_tokens, batch_size, model)
     check_kind(("path", None), keep_in=keep_in), check_kind(("function", None), on_progress=on_progress)
     batches = batches_by_length(prompts, batch_size, same_length=virtual_positions(model, in_labels=True) > 0)
     opened = nullcontext() if keep_in is None else AnswerFile(

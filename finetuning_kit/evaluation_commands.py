@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASKED', 'add_asking', 'add_measures', 'add_evaluate', 'add_compare', 'find_model', 'choose_metrics', 'fit_task',
            'open_evaluation', 'read_questions', 'to_be_read', 'usual_for', 'tell_now_and_then', 'read_wanted',
-           'ask_model', 'joined_verdict', 'present_card', 'run_evaluate', 'kept_probes', 'compare_models',
+           'ask_model', 'joined_verdict', 'read_noise', 'present_card', 'run_evaluate', 'kept_probes', 'compare_models',
            'run_compare']
 
 # %% ../nbs/110_evaluation_commands.ipynb #248c554e
@@ -88,6 +88,8 @@ def add_compare(
                         "forgotten no more than the budget, 1 where it is not, 3 where nobody can tell")
     parser.add_argument("--budget", metavar="X", type=float, default=0.02, help="share of the probe that may be lost "
                         "(default 0.02, two points)")
+    parser.add_argument("--noise", metavar="FOLDER", nargs="+", help="evaluations of runs that differ in their seed "
+                        "alone: how far they lie apart widens the gate's intervals; pocket: as measured for the demo")
 
 # %% ../nbs/110_evaluation_commands.ipynb #8d5d6b74
 def find_model(
@@ -279,6 +281,7 @@ def joined_verdict(
     card,  # a `Scorecard`
     probe=None,  # a `Comparison` of what must not be lost; None: not asked
     budget: float = 0.02,  # share of the probe that may be lost
+    noise=None,  # a `RunNoise`; None: not measured, which the verdict says
 ) -> dict:  # `exit_code` 0 passed, 1 failed, 3 undecided; `reasons`
     "Decide whether a model is better and has not forgotten"
     from finetuning_kit.gates import gate_of
@@ -288,7 +291,36 @@ def joined_verdict(
         raise FinetuningError(f"--budget must lie between 0 and 1, as 0.02 for two points, got {budget:g}")
     if card.comparison is None:
         return {"exit_code": 3, "reasons": ["cannot tell: " + "; ".join(card.notes)]}
-    return gate_of(card.comparison, probe, budget).to_dict()
+    return gate_of(card.comparison, probe, budget, noise).to_dict()
+
+# %% ../nbs/110_evaluation_commands.ipynb #fce9a793
+def read_noise(
+    options: dict,  # what the command line gave
+    metrics: tuple | None = None,  # measured; None: the usual ones
+):  # a `RunNoise`; None: nobody asked for it
+    "Measure how far runs of other seeds lie apart"
+    from finetuning_kit.evaluation import USUAL_METRICS, Evaluation
+    from finetuning_kit.gates import KNOWLEDGE, run_noise, stored_noise
+    from finetuning_kit.settings import FinetuningError
+    from finetuning_kit.side_by_side import load_answers, open_work, usable_metrics
+
+    names = options["noise"] or []
+    if names and not options["gate"]:
+        raise FinetuningError("--noise widens the intervals of a gate; add --gate, or leave --noise out")
+    if len(names) < 2:
+        if names and stored_noise(names[0]) is None:
+            raise FinetuningError(f"--noise needs two folders or more, of runs that differ in their seed alone, got "
+                                  f"only {names[0]}; without any, `pocket` stands for what was measured for the demo")
+        return stored_noise(names[0]) if names else None
+    answers, probes = [open_work(name).exchanges for name in names], [Path(name) / "probe.jsonl" for name in names]
+    silent = [name for name, rows in zip(names, answers) if not rows]
+    if silent:
+        raise FinetuningError(f"--noise: {silent[0]} holds no answers; `finetuning-kit evaluate` asks its model")
+    measured = usable_metrics(metrics or USUAL_METRICS, *answers)
+    repeats = [[Evaluation(rows, measured) for rows in answers]]
+    if all(path.is_file() for path in probes):
+        repeats.append([Evaluation(load_answers(path), (KNOWLEDGE,)) for path in probes])
+    return run_noise(*repeats, source=f"{len(names)} runs: {', '.join(names)}")
 
 # %% ../nbs/110_evaluation_commands.ipynb #139d9d94
 def _check_beforehand(options):  # what would otherwise be found out after hours of asking
@@ -421,6 +453,7 @@ def run_compare(
     if len(which) > 2:
         raise FinetuningError(f"two folders are compared, got {len(which)}: {', '.join(which)}")
     _check_beforehand(options)
+    noise = read_noise(options, metrics)
     if options["questions"]:
         card, probe = compare_models(options, metrics)
     else:
@@ -430,7 +463,7 @@ def run_compare(
         card, probe = compare_folders(*which, metrics=metrics), kept_probes(list(map(Path, which)))
         card.notes += left_out
     if options["gate"]:
-        card.gate = joined_verdict(card, probe, options["budget"])
+        card.gate = joined_verdict(card, probe, options["budget"], noise)
     if probe is not None:
         card.lines += score_lines(probe)
     present_card(card, options)

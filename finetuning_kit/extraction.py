@@ -355,13 +355,13 @@ class Extraction:
     def rows(self) -> list[list[str]]:
         "What was extracted, as text"
         ranks, worst = sorted(self.ranks.values()), min(self.kept, key=self.kept.get)
-        return [["adapted layers", f"{len(ranks)}"],
+        return [["layers", f"{len(ranks)}"],
                 ["rank", f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"],
-                ["energy kept", f"{self.energy:.2%}"],
-                ["least of a layer", f"{self.kept[worst]:.2%} ({worst})"],
-                ["numbers stored", f"{self.n_parameters:,}"],
+                ["energy", f"{self.energy:.2%}"],
+                ["worst kept", f"{self.kept[worst]:.2%} ({worst})"],
+                ["numbers", f"{self.n_parameters:,}"],
                 *([name, ", ".join(each[:4]) + ", …" * (len(each) > 4) or "nothing"]
-                  for name, each in (("stored whole", self.whole), ("left out", self.dropped)))]
+                  for name, each in (("kept whole", self.whole), ("left out", self.dropped)))]
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {value}" for name, value in self.rows())

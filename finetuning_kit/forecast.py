@@ -221,11 +221,12 @@ class LikelySpan:
 GIB = 2**30
 BYTES = ((GIB / 10, 2**20, "MiB"), (math.inf, GIB, "GiB"))  # below -> divided by, unit
 SECONDS = ((1, 1e-3, "ms"), (100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days"))
-HELD = {"cpu": (LikelySpan(0.8, 1.22, 1.85), LikelySpan(0.45, 0.6, 0.9)),  # times the tensors; GiB beside them
+HELD = {"cpu": (LikelySpan(0.8, 1.4, 2.1), LikelySpan(0.45, 0.6, 0.9)),  # times the tensors; GiB beside them
         "gpu": (LikelySpan(1.0, 1.04, 1.15), LikelySpan(0.3, 0.6, 1.1))}
 KERNELS = LikelySpan(0.1, 0.45, 0.7)  # GiB of bf16 kernels that oneDNN keeps for experts, one for each number of tokens
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in configs of mixtures
-TIME = {"cpu": LikelySpan(1.1, 1.9, 3.2), "gpu": LikelySpan(0.5, 1.0, 2.5)}  # times the forecast
+TIME = {"cpu": LikelySpan(1.2, 2.25, 3.8), "gpu": LikelySpan(0.5, 1.0, 2.5),  # times the forecast
+        "experts": LikelySpan(1.5, 3.7, 6.0)}  # on a CPU in half precision
 
 
 def memory_span(
@@ -348,7 +349,7 @@ def fit_on(
     known = n_rows or config.training.max_steps > 0
     n_steps = config.training.total_steps(n_rows or 1, n_processes) if known else None
     return Fit(machine.name, (machine.free_gib or machine.total_gib) * GIB, memory_span(budget.peak, on_gpu, routed),
-               TIME[where].scaled(seconds), n_steps, budget, notes)
+               TIME["experts" if routed and not on_gpu else where].scaled(seconds), n_steps, budget, notes)
 
 
 def fit_gpu(

@@ -263,7 +263,7 @@ def noise_words(
     "Say what is known about the noise between runs"
     if noise is None:
         return ["the noise between runs was not measured, so this is about these weights and not about the recipe; "
-                "train with other seeds, and give `run_noise` of their evaluations"]
+                "train with other seeds, and give `run_noise` of their evaluations, or the commands their `--noise`"]
     asked = {each.metric: amount_words(noise.margin(each.metric), each.percent).lstrip("+") + " points" * each.percent
              for each in checks if each.metric in noise.spread}
     lacking = dict.fromkeys(each.metric for each in checks if each.metric not in noise.spread)

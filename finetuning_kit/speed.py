@@ -89,8 +89,9 @@ def attend_row_by_row(
     if attention_mask is not None or position_ids is None or not packed:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     edges = row_edges(position_ids[0])
-    rows = [attend_to_row(module, [part[:, :, start:end] for part in (query, key, value)], **options)
-            for start, end in zip(edges, edges[1:])]
+    lengths = [end - start for start, end in zip(edges, edges[1:])]
+    rows = [attend_to_row(module, parts, **options)
+            for parts in zip(*(part.split(lengths, 2) for part in (query, key, value)))]
     return torch.cat(rows, 1), None
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +119,9 @@ def test_evaluation_of_a_run_and_of_its_adapter(typed, rows):
     (("compare", "base", "good", "more"), "two folders are compared, got 3"),
     (("compare", "base", "good", "--metrics", "blue"), "there is no metric 'blue'"),
     (("compare", "base", "good", "--gate", "--budget", "2"), "--budget must lie between 0 and 1"),
+    (("compare", "base", "good", "--noise", "base", "good"), "add --gate"),
+    (("compare", "base", "good", "--gate", "--noise", "base"), "--noise needs two folders or more"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "foreign"), "holds neither a run nor answers"),
     (("compare", "pocket", *ASK), "are asked of two models, got 1"),
     (("compare", "base", "bad_answers"), "bad_answers/answers.jsonl:1: this is no kept answer"),
 ])
@@ -153,6 +157,18 @@ def test_gate_and_forgetting(typed, tmp_path):
     assert typed("compare", "base", "good", "--gate", "--budget", "0.1")[0] == 0
 
 
+def test_seeds_that_differ_widen_the_gate(typed, tmp_path):
+    kept("base", 10), kept("good", 21), kept("again", 15), kept("third", 27)
+    rows = [Exchange(f"sentence {k}", "end", Answer("", 0, True), extra={"right": 1.0}) for k in range(300)]
+    for name in ("base", "good", "again", "third"):
+        save_answers(f"{name}/probe.jsonl", rows)
+    assert typed("compare", "base", "good", "--gate")[0] == 0
+    code, out, _ = typed("compare", "base", "good", "--gate", "--noise", "good", "again", "third")
+    assert code == 3 and "runs differ by as much as is asked here" in out
+    assert "exact_match by 64.5 points, knowledge by 0.0 points (3 runs: good, again, third)" in out  # 4.30 x 15 points
+    assert "eight seeds of the pocket demo" in typed("compare", "base", "good", "--gate", "--noise", "pocket")[1]
+
+
 def test_a_run_that_failed_is_compared_as_far_as_it_went(typed, tmp_path):
     for name, status in (("whole", "finished"), ("broken", "failed")):
         Path(name).mkdir()
@@ -183,6 +199,17 @@ def test_a_killed_evaluation_goes_on(typed, rows, monkeypatch):
     assert typed(*words)[0] == 130 and not Path("mine/report.json").exists()
     assert typed(*words)[0] == 0 and asked.count("batch") == 3
     assert len(load_answers("mine/answers.jsonl")) == 12
+
+
+def test_sigterm_is_told(rows):
+    words = ("evaluate", "--model", "pocket", *ASK, "--batch-size", "1", "--max-new-tokens", "500", "--output", "mine")
+    process = start(*words)
+    while n_lines("mine/collected.jsonl") < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, b"finetuning-kit: interrupted\n")
 
 
 def test_bad_rows_and_long_prompts_have_their_flags(typed, tmp_path):

@@ -33,6 +33,14 @@ def test_lengths(n_tokens):
         check_prompts([], n_tokens, 1)
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_that_the_model_does_not_know(token):
+    model, tokenizer = load_model("pocket"), load_tokenizer("pocket")
+    for ask in (generate_answers, collect_answers, sample_answers):
+        with pytest.raises(FinetuningError, match=rf"`prompts\[1\]` holds token {token}, and the model knows 0 to"):
+            ask(model, tokenizer, [[5, 6], [5, token, 6]], max_new_tokens=2)
+
+
 @pytest.mark.parametrize("score", [lambda row: 1 / 0, lambda row: "abc", lambda row: [1, 2]])
 def test_metric_that_fails(score):
     with pytest.raises(FinetuningError, match="`mine`"):

@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetuning_kit.bases import read_adapter, record_base
 from finetuning_kit.merging import merge_lora_weights
-from finetuning_kit.verification import verify_merge
 from finetuning_kit.mixing import COMBINATIONS, SPARSE, mix_adapters, mix_difference
 from finetuning_kit.models import load_model, load_tokenizer, pocket_model_path, quiet_libraries
 from finetuning_kit.settings import FinetuningError
+from finetuning_kit.verification import verify_merge
 
 
 def make(folder, seed, base="pocket", config=LoraConfig, **settings):

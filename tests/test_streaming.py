@@ -130,6 +130,18 @@ def test_sixteen_bits_are_within_one_rounding(tmp_path, name, precision):
         assert off <= theirs * 1.001
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("precision, at_most, share", [("bf16", 3e-2, 5e-2), ("fp16", 5e-3, 1e-2)])
+def test_logits_in_sixteen_bits(tmp_path, name, precision, at_most, share):
+    base = make_base(tmp_path / "base", name, DTYPES[precision])
+    make_adapter(tmp_path / "adapter", base)
+    stream_merge(base, tmp_path / "adapter", tmp_path / "merged")
+    found, alone = (logits(load(folder).float()) for folder in (tmp_path / "merged", base))
+    exact = logits(merge_with_peft(base, tmp_path / "adapter", torch.float32))
+    away, effect = (found - exact).abs().max(), (alone - exact).abs().max()
+    assert away <= at_most and away <= share * effect, (away, effect)
+
+
 def kinds_of_adapters():
     "Adapters of every kind that merges"
     T = {"task_type": "CAUSAL_LM", "target_modules": QV}

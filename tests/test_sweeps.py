@@ -1,8 +1,11 @@
 """Sweeps: refused before they begin, killed and taken up again, typed as a command."""
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -13,7 +16,7 @@ from finetuning_kit.cli import main
 from finetuning_kit.profiles import demo_config
 from finetuning_kit.settings import FinetuningError
 from finetuning_kit.spaces import read_space
-from finetuning_kit.sweeps import sweep_settings
+from finetuning_kit.sweeps import Sweep, TrialRecord, importance_words, sweep_importances, sweep_settings
 from tests.runs_apart import ROWS
 
 SPACE = {"learning_rate": "1e-5..1e-1 log", "lora.r": [2, 4]}
@@ -127,3 +130,17 @@ def test_the_command_finds_and_writes_down_the_best(tmp_path, capsys):
     dry = main(["train", "--config", str(home / "best.yaml"), "--output-dir", str(tmp_path / "run"), "--dry-run"])
     assert dry in (0, 1) and "best.yaml" in capsys.readouterr().out
     assert len(optuna.load_study(study_name=home.name, storage=f"sqlite:///{home / 'sweep.db'}").trials) == 2
+
+
+def test_the_setting_that_matters_is_found_among_those_that_do_not(tmp_path):
+    found = Sweep(demo_config(), read_space({"learning_rate": "1e-5..1e-1 log", "seed": [1, 2, 3]}), tmp_path, "eval_loss")
+    draw = random.Random(0)
+    for number in range(40):
+        rate, seed = 10 ** draw.uniform(-5, -1), draw.choice([1, 2, 3])
+        loss = abs(math.log10(rate) + 3) + draw.gauss(0, 0.05)
+        found.trials.append(TrialRecord(number, {"learning_rate": rate, "seed": seed}, "finished", loss, "", 4, 1.0))
+    shares = sweep_importances(found)
+    assert list(shares) == ["learning_rate", "seed"] and shares["learning_rate"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1.0) and "too few" not in importance_words(found)
+    found.trials = [replace(trial, value=None, state="failed") for trial in found.trials[:3]] + found.trials[:3]
+    assert sweep_importances(found) == {} and importance_words(found) == ""
