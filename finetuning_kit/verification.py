@@ -213,7 +213,7 @@ def proof_prompts(
         encoded.append(list(given) if as_ids else encode_prompt(tokenizer, given, formatter))
     n_long = sum(len(ids) > room for ids in encoded)
     if n_long:
-        notes.append(f"of {len(encoded)} prompts {n_long} had more than {room} tokens, and only their ends were compared")
+        notes.append(f"prompts longer than {room} tokens, compared from their ends: {n_long} of {len(encoded)}")
     return [_fit_prompt(ids, place, size, room) for place, ids in enumerate(encoded)], notes
 
 # %% ../nbs/091_verification.ipynb #5a67eaca

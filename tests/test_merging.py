@@ -228,7 +228,7 @@ def test_prompts_of_every_kind(sources, tmp_path):
     config = load_model("pocket").config.to_dict() | {"max_position_embeddings": 40}
     tokenizer = load_tokenizer("pocket")
     found, notes = proof_prompts(tokenizer, config, tmp_path, ["word " * 100, [1, 2, 3]], max_new_tokens=10)
-    assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens" in notes[0]
+    assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens, compared from their ends: 1 of 2" in notes[0]
     tokenizer.chat_template = None
     plain, notes = proof_prompts(tokenizer, config, tmp_path)
     assert "general prompts" in notes[0] and "capital of France" in tokenizer.decode(plain[0])
