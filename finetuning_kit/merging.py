@@ -353,8 +353,9 @@ def refuse_difference(
     words = (f"differs from the trained one by {off:.1e} of what the adapter does ({check.limit:.0e} is allowed), "
              f"{check.n_same_answers} of {check.n_prompts} answers are the same")
     if not allow_difference:
-        way = ("merge into the dequantised base" if job.way == "original" else "merge in fp32: `precision`"
-               if job.precision != "fp32" else "look whether this is the adapter that was trained")
+        way = ("merge into the dequantised base" if job.way == "original" else "merge in fp32: `precision`; where "
+               "it differs there too, look whether this is the adapter that was trained" if job.precision != "fp32" else
+               "look whether this is the adapter that was trained")
         raise FinetuningError(f"the merged model {words}; nothing was kept; {way}, ship the adapter instead, or keep "
                               "the model all the same: `allow_difference`")
     job.notes.append(f"the merged model {words}; it was kept because the difference was allowed")

@@ -188,6 +188,19 @@ def test_a_folder_in_use_is_left_alone(pocket):
     assert [path.name for path in (pocket / "out").iterdir()] == ["mine.txt"]
 
 
+def test_progress_counts_layers_up_to_the_last(pocket):
+    heard = []
+    found = extract_adapter("pocket", pocket / "tuned", pocket / "out", rank=1, rest="drop",
+                            on_progress=lambda *told: heard.append(told))
+    assert [done for done, _, _ in heard] == list(range(1, len(found.ranks) + 1)) and heard[-1][0] == heard[-1][1]
+
+
+def test_a_source_is_never_written_into(pocket):
+    for inside in ("tuned/adapter", "tuned/deep/adapter"):
+        with pytest.raises(FinetuningError, match="lies inside"):
+            extract_adapter("pocket", pocket / "tuned", pocket / inside, rest="drop")
+
+
 def test_a_model_has_no_difference_from_itself(pocket):
     with pytest.raises(FinetuningError, match="no linear layer"):
         extract_adapter("pocket", "pocket", pocket / "out")
