@@ -335,7 +335,7 @@ def refuse_difference(
     if check.passed:
         return
     off = max(check.relative_difference, check.extreme["relative_difference"])
-    words = (f"differs from the trained one by {off:.1e} of what the adapter does ({check.limit:.0e} is allowed), "
+    words = (f"differs from the trained one by {off:.1e} of what the adapter does ({check.allowed:.0e} is allowed), "
              f"{check.n_same_answers} of {check.n_prompts} answers are the same")
     if not allow_difference:
         way = ("merge into the dequantised base" if job.way == "original" else "merge in fp32: `precision`"
