@@ -381,7 +381,7 @@ def show_result(
             console.print(f"    tuned  [green]{one_line(sample['after'])}[/]")
     if result.merge_check is not None:
         check = result.merge_check
-        off = f"{check.relative_difference:.2g} of what training changed, {check.limit:g} is allowed"
+        off = f"{check.relative_difference:.2g} of what training changed, {check.allowed:.2g} is allowed"
         verdict = "[green]merged model verified[/]"
         if not check.passed:
             verdict = f"[red]merged model differs[/] by {off}\n  use the adapter"

@@ -130,7 +130,7 @@ PLANTED = [*SPEAKERS, *WHOLE_SET, *ANSWERS, *PREFERENCES, *TEMPLATES, *TOKENS, *
 
 
 def measured(
-) -> dict:  # kit, plain, others, clean, harm, curves; date and machine
+) -> dict:  # kit, plain, unsloth, others, clean, crossed, harm, curves; date and machine
     "Read what the benchmark found."
     path = Path(list(finetuning_kit.__path__)[0]) / "assets" / "zoo" / "measured.json"
     return json.loads(path.read_text(encoding="utf-8"))
@@ -146,18 +146,17 @@ def caught_share(
 def family_table(
     found: dict,  # as `measured` gives it
 ) -> str:  # Markdown
-    "Count by family how faults ended, here and elsewhere."
-    elsewhere = {"TRL": found["plain"], found["others"]["tool"]: found["others"]["cases"]}
-    words, rows = ("error", "warns", "silent", "not asked"), []
-    for family in FAMILIES:
-        cases = [case for case in found["kit"] if case["family"] == family]
+    "Count by family how faults ended, here and in other tools: with an error, with a warning, in silence."
+    elsewhere = {"TRL": found["plain"]} | {found[key]["tool"]: found[key]["cases"] for key in ("unsloth", "others")}
+    rows = []
+    for family in (*FAMILIES, "all"):
+        cases = [case for case in found["kit"] if family in (case["family"], "all")]
         ends = Counter(case["outcome"] for case in cases)
-        theirs = [Counter(tool.get(case["name"], {}).get("outcome", "not asked") for case in cases)
-                  for tool in elsewhere.values()]
+        theirs = [Counter(tool[case["name"]]["outcome"] for case in cases) for tool in elsewhere.values()]
         rows.append([family, len(cases), *(ends[word] for word in (*CAUGHT, "missed")),
-                     *(tool[word] for tool in theirs for word in words)])
-    head = ["family", "faults", *CAUGHT, "missed", *(f"{tool}: {word}" for tool in elsewhere for word in words)]
-    return markdown_table(head, [*rows, ["all", *(sum(row[n] for row in rows) for n in range(1, len(head)))]])
+                     *(", ".join(f"{tool[word]}" for word in ("error", "warns", "silent")) for tool in theirs)])
+    head = ["family", "faults", *CAUGHT, "missed", *(f"{tool}: error, warns, silent" for tool in elsewhere)]
+    return markdown_table(head, rows)
 
 # %% ../nbs/105_zoo.ipynb #9fd3df80
 def harm_table(

@@ -261,6 +261,30 @@ def test_ends_of_the_vocabulary_are_looked_at(sources):
     assert compare_logits(trained, merged, extreme_prompts(merged)[:1])["relative_difference"] < 1e-5
 
 
+def test_eighty_layers_round_more_and_hide_nothing(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("pocket")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=80, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with quiet_libraries():
+        trained = get_peft_model(load_model(str(tmp_path / "base")), LoraConfig(r=8, target_modules="all-linear"))
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    record_base(tmp_path / "adapter", tmp_path / "base")
+    check = load_check(merge_lora_weights(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"))
+    assert check.passed and 1e-5 < check.relative_difference < check.allowed < 1e-3
+    merged, base = (load_model(str(tmp_path / name)) for name in ("merged", "base"))
+    merged.model.layers[40].mlp.down_proj = base.model.layers[40].mlp.down_proj  # one matrix of 560 forgot its adapter
+    assert not verify_merge(trained, merged, tokenizer, proof_prompts(tokenizer, merged.config, tmp_path, ASK)[0]).passed
+
+
 def test_tensors_are_told_as_they_are_written(sources, tmp_path):
     from finetuning_kit import merging
 

@@ -133,14 +133,17 @@ def test_the_command_finds_and_writes_down_the_best(tmp_path, capsys):
 
 
 def test_the_setting_that_matters_is_found_among_those_that_do_not(tmp_path):
-    found = Sweep(demo_config(), read_space({"learning_rate": "1e-5..1e-1 log", "seed": [1, 2, 3]}), tmp_path, "eval_loss")
+    config, kinds = demo_config(), ("linear", "cosine", "constant")
+    space = read_space({"learning_rate": "1e-5..1e-1 log", "lr_scheduler_type": list(kinds)}, config)
+    found = Sweep(config, space, tmp_path, "eval_loss")
     draw = random.Random(0)
     for number in range(40):
-        rate, seed = 10 ** draw.uniform(-5, -1), draw.choice([1, 2, 3])
+        rate, kind = 10 ** draw.uniform(-5, -1), draw.choice(kinds)
         loss = abs(math.log10(rate) + 3) + draw.gauss(0, 0.05)
-        found.trials.append(TrialRecord(number, {"learning_rate": rate, "seed": seed}, "finished", loss, "", 4, 1.0))
+        settings = dict(zip((each.name for each in space), (rate, kind)))
+        found.trials.append(TrialRecord(number, settings, "finished", loss, "", 4, 1.0))
     shares = sweep_importances(found)
-    assert list(shares) == ["learning_rate", "seed"] and shares["learning_rate"] > 0.8
+    assert list(shares) == [each.name for each in space] and shares[space[0].name] > 0.8
     assert sum(shares.values()) == pytest.approx(1.0) and "too few" not in importance_words(found)
     found.trials = [replace(trial, value=None, state="failed") for trial in found.trials[:3]] + found.trials[:3]
     assert sweep_importances(found) == {} and importance_words(found) == ""

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.zoo [--parts kit clean crossed plain harm curves] [--output measured.json]
     python -m tests.benchmarks.zoo --parts others --other PYTHON  # of an environment with LLaMA-Factory
+    python -m tests.benchmarks.zoo_unsloth                        # in an environment with Unsloth
 
 Parts that are not asked for stay in the file as they were. Plain TRL is SFTTrainer with PEFT's LoRA on the same layers
 and the settings that it has too (rate, batch, steps, length limit), everything else at its defaults; rows, model folder
@@ -16,7 +17,6 @@ import tempfile
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -100,33 +100,39 @@ def read_plainly(rows):
     return load_dataset("json", data_files=rows, split="train") if isinstance(rows, str) else Dataset.from_list(rows)
 
 
-def trl_trainer(scene):
-    "SFTTrainer for a scene, and nothing of ours."
+def build_plainly(place, method, lora, in_4bit, settings):
+    "A model, the adapter that TRL shall put on it, and its tokenizer, as PEFT's and TRL's guides load them."
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    bits = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if in_4bit else {}
+    adapters = {"lora": LoraConfig(task_type="CAUSAL_LM", **lora), "full": None,
+                "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+                "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)}
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **bits)
+    return model, adapters[method], AutoTokenizer.from_pretrained(place)
+
+
+def trl_trainer(scene, build=build_plainly):
+    "SFTTrainer for a scene, and nothing of ours."
     from trl import SFTConfig, SFTTrainer
 
     from finetuning_kit.models import pocket_model_path
 
-    settings, known = dict(scene.settings), {field.name for field in fields(SFTConfig)}
+    settings = dict(scene.settings)
     method, lora = settings.pop("method", "lora"), {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     lora |= {name: settings.pop(name) for name in list(lora) if name in settings}
     name = settings.pop("model_name", "pocket")
     place = str(pocket_model_path()) if name == "pocket" else name
     for ours in ("on_spike", "over_length", "dataset_format", "split_ratio", "early_stopping"):
         settings.pop(ours, None)
-    bits = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if settings.pop("load_in_4bit", False) else {}
+    model, adapter, tokenizer = build(place, method, lora, settings.pop("load_in_4bit", False), settings)
     arguments = {"eval_strategy": "steps" if scene.held_out else "no", **settings}
     config = SFTConfig(output_dir=str(scene.folder.checkpoints), use_cpu=True, max_length=128, disable_tqdm=True,
                        **{"bf16": False, **arguments})
-    adapters = {"lora": LoraConfig(task_type="CAUSAL_LM", **lora), "full": None,
-                "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
-                "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)}
-    return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **bits), args=config,
-        peft_config=adapters[method], train_dataset=read_plainly(scene.rows),
-        eval_dataset=read_plainly(scene.held_out) if scene.held_out else None,
-        processing_class=AutoTokenizer.from_pretrained(place))
+    return SFTTrainer(model=model, args=config, peft_config=adapter, train_dataset=read_plainly(scene.rows),
+                      eval_dataset=read_plainly(scene.held_out) if scene.held_out else None,
+                      processing_class=tokenizer)
 
 
 def merge_plainly(scene) -> None:
@@ -141,12 +147,12 @@ def merge_plainly(scene) -> None:
     PeftModel.from_pretrained(model, scene.place / "adapter").merge_and_unload().save_pretrained(scene.place / "merged")
 
 
-def run_plainly(scene, fault) -> list:
+def run_plainly(scene, fault, build=build_plainly, merge=merge_plainly) -> list:
     "Do with plain libraries what the case does; returns the losses."
     if fault.family == "merge":
-        merge_plainly(scene)
+        merge(scene)
         return []
-    trainer = trl_trainer(scene)
+    trainer = trl_trainer(scene, build)
     trainer.train(resume_from_checkpoint=True if scene.resume else None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -161,26 +167,26 @@ def asks_plainly(fault) -> bool:
     return fault.name in merges or fault.family != "merge" and fault.act in (look, go) and fault.name not in not_there
 
 
-def plain(keeper) -> dict:
-    "Give every case to plain TRL."
+def plain(keeper, name="plain", asks=asks_plainly, run=run_plainly) -> dict:
+    "Give every case to plain TRL, or to what stands in its place."
     usual, found = set(), {}
     nothing = Case("nothing", "data", "", "", lambda scene: None, go)
     for fault in [nothing, *PLANTED]:
-        if not asks_plainly(fault):
+        if fault is not nothing and not asks(fault):
             found[fault.name] = {"outcome": "not asked"}
             continue
         scene, words, began = short_scene(keeper, fault), "", time.time()
         try:
             with listening() as said:
-                run_plainly(scene, fault)
-            new = [each for each in said if each.split("\n")[0][:60] not in usual]
+                run(scene, fault)
+            new = [each for each in said if each.split("\n")[0][:60] not in usual and "is deprecated" not in each]
             outcome, words = ("warns", new[0]) if new and fault is not nothing else ("silent", "")
             usual |= {each.split("\n")[0][:60] for each in said} if fault is nothing else set()
         except Exception as error:  # noqa: BLE001 (that it stops, in whatever way, is what is asked)
             outcome, words = "error", f"{type(error).__name__}: {error}"
         if fault is not nothing:
             found[fault.name] = {"outcome": outcome, "words": short(words, keeper)[:200]}
-        print(f"plain  {outcome:8} {time.time() - began:5.1f} s  {fault.name}: {words[:90]!r}", flush=True)
+        print(f"{name}  {outcome:8} {time.time() - began:5.1f} s  {fault.name}: {words[:90]!r}", flush=True)
     return found
 
 
@@ -303,6 +309,14 @@ def curves(keeper) -> dict:
 PARTS = {"kit": kit, "clean": clean, "crossed": crossed, "plain": plain, "harm": harm, "curves": curves}
 
 
+def keep_part(path, part, found) -> None:
+    "Write what was found beside what is known already."
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept |= {"date": "2026-11-28", "machine": MACHINE, part: found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "others"], default=list(PARTS))
@@ -316,10 +330,7 @@ def main():
         with tempfile.TemporaryDirectory() as place:
             keeper = Keeper(place)
             found = others(keeper, options.other, asks_plainly) if part == "others" else PARTS[part](keeper)
-        kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-        kept |= {"date": "2026-11-27", "machine": MACHINE, part: found}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        keep_part(options.output, part, found)
 
 
 if __name__ == "__main__":
