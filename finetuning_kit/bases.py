@@ -25,6 +25,8 @@ def base_folder(
 ) -> Path:  # the folder that holds its files
     "Find a base model's files on this machine"
     config = cached_file(str(resolve_model_name(str(model_name))), "config.json")
+    if config is None and (Path(model_name) / "adapter_config.json").is_file():
+        raise FinetuningError(f"{model_name} is an adapter and no whole model; merge it into its base first")
     if config is None:
         raise FinetuningError(f"the base {str(model_name)!r} is not on this machine yet; load it once: load_model(…)")
     return config.parent

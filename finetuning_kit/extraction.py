@@ -9,9 +9,8 @@ __all__ = ['EXACT_UP_TO', 'leading_svd', 'split_matrix', 'named_tensors', 'Model
            'Extraction', 'factor_layers', 'read_whole', 'extract_adapter']
 
 # %% ../nbs/093_extraction.ipynb #40d06481
-import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ import torch
 
 from .bases import base_folder, read_stored, record_base, stored_precision
 from .hollow import hollow_model
+from .merging import check_output
 from .models import load_tokenizer, quiet_libraries
 from .runs import staged
 from .settings import FinetuningError, markdown_table
@@ -223,7 +223,7 @@ def draw_energy(
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.set(xlabel="rank kept of every layer", xlim=(1, ranks[-1]), ylim=(0, 1.03))
+    axes.set(xlabel="rank kept of every layer", ylabel="share", xlim=(1, ranks[-1]), ylim=(0, 1.03))
     axes.legend(loc="lower right", frameon=False)
     return figure
 
@@ -357,11 +357,11 @@ class Extraction:
         ranks, worst = sorted(self.ranks.values()), min(self.kept, key=self.kept.get)
         return [["layers", f"{len(ranks)}"],
                 ["rank", f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"],
-                ["energy", f"{self.energy:.2%}"],
-                ["worst kept", f"{self.kept[worst]:.2%} ({worst})"],
+                ["energy", f"{self.energy:.2%} of the change"],
+                ["lowest", f"{self.kept[worst]:.2%} ({worst})"],
                 ["numbers", f"{self.n_parameters:,}"],
-                *([name, ", ".join(each[:4]) + ", …" * (len(each) > 4) or "nothing"]
-                  for name, each in (("kept whole", self.whole), ("left out", self.dropped)))]
+                *([name, ", ".join(each[:4]) + ", …" * (len(each) > 4) + told if each else "nothing"]
+                  for name, each, told in (("besides", self.whole, " (kept whole)"), ("left out", self.dropped, "")))]
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {value}" for name, value in self.rows())
@@ -375,6 +375,7 @@ def factor_layers(
     places: list[str],  # from `lora_places`
     rank: int | None,  # directions a layer; None: as many as `energy` asks for
     energy: float | None,  # share of each layer's change to keep; None: `rank` decides
+    on_progress: Callable | None = None,  # called as on_progress(layers done, layers in all, layer's name)
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, float, float]]]:  # weights; rank, energy kept, all energy
     "Turn each layer's change into the two factors of an adapter"
     weights, figures = {}, {}
@@ -386,12 +387,14 @@ def factor_layers(
         stem = f"base_model.model.{layer}"
         weights[f"{stem}.lora_A.weight"], weights[f"{stem}.lora_B.weight"] = split_matrix(left, values, right)
         figures[layer] = len(values), values.double().square().sum().item(), change.double().square().sum().item()
+        if on_progress:
+            on_progress(places.index(f"{layer}.weight") + 1, len(places), layer)
     if not figures:
         raise FinetuningError("no linear layer differs between the two models, so there is no adapter to extract; "
                               "pass the base and the model that was made from it")
     return weights, figures
 
-
+# %% ../nbs/093_extraction.ipynb #9021164d
 def read_whole(
     pair: ModelPair,  # two models
     modules: list[str],  # modules to store whole
@@ -420,17 +423,18 @@ def extract_adapter(
     energy: float | None = None,  # share of each layer's change to keep, such as 0.99; with `rank`, at most so many
     target_modules: list[str] | None = None,  # ends of layer names; None: every linear layer that changed
     rest: Literal["refuse", "keep", "drop"] = "refuse",  # what changed and LoRA cannot hold: see `check_rest`
+    on_progress: Callable | None = None,  # called as on_progress(layers done, layers in all, layer's name)
 ) -> Extraction:  # the folder, and how much it holds
     "Write the difference of two models as a LoRA adapter, reading one tensor of each at a time"
     check_size(rank, energy)
     check_rest([], rest)
-    if os.path.lexists(output_path):
-        raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
+    check_output(Path(output_path), [base_folder(path) for path in (base_model_path, tuned_model_path)], 0)
     pair = pair_models(base_model_path, tuned_model_path)
     places = lora_places(pair, target_modules)
     check_rest(changed := changed_rest(pair, places), rest)
     modules, biases = whole_modules(pair, changed) if rest == "keep" else ([], [])
-    weights, figures = factor_layers(pair, places, 16 if rank is None and energy is None else rank, energy)
+    rank = 16 if rank is None and energy is None else rank
+    weights, figures = factor_layers(pair, places, rank, energy, on_progress)
     weights |= read_whole(pair, modules, biases, figures)
     ranks = {layer: found[0] for layer, found in figures.items()}
     config = extracted_config(pair, ranks, base_model_path, modules, biases)

@@ -9,6 +9,7 @@ __all__ = ['EXAMPLES', 'add_merge', 'find_adapter', 'weighted', 'read_prompts', 
 # %% ../nbs/111_merge_commands.ipynb #7493e787
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -18,11 +19,14 @@ from .screens import Screen
 
 # %% ../nbs/111_merge_commands.ipynb #f88622a0
 EXAMPLES = """examples:
-  finetuning-kit merge runs/qa_rows                      the run's adapter into its own base
-  finetuning-kit merge my_adapter --base Qwen/Qwen3-0.6B --output my_model --precision bf16
-  finetuning-kit merge runs/qa_rows --way original       a four-bit run, into the base before it was rounded
-  finetuning-kit merge --adapter runs/a=0.7 --adapter runs/b=0.3 --combination ties --density 0.5 --output both
-exit code: 0 the merged model is the trained one (or nobody asked), 1 it differs, 2 refused, 3 there was no room to look
+  finetuning-kit merge runs/qa_rows         the run's adapter into its own base
+  finetuning-kit merge runs/qa_rows --way original
+                          a four-bit run, into the base before it was rounded
+  finetuning-kit merge my_adapter --base Qwen/Qwen3-0.6B --output my_model
+  finetuning-kit merge --adapter runs/a=0.7 --adapter runs/b=0.3 --output both \\
+      --combination ties --density 0.5
+exit code: 0 the merged model is the trained one (or nobody asked),
+           1 it differs, 2 refused, 3 there was no room to look
 """
 
 
@@ -30,6 +34,7 @@ def add_merge(
     parser: argparse.ArgumentParser,  # of the command
 ) -> None:  # the parser is changed
     "Add the flags of `merge`"
+    parser.description = "Fold an adapter into its base, and prove it."
     parser.usage = "%(prog)s RUN_OR_ADAPTER [flags]  (--help lists them)"
     parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("which", metavar="RUN_OR_ADAPTER", nargs="?", help="a run's folder, or an adapter's")
@@ -109,25 +114,27 @@ def read_prompts(
         raise FinetuningError(f"--prompts: `{path}` has no questions in it")
     return found
 
-
+# %% ../nbs/111_merge_commands.ipynb #29f2ed20
 class MergeScreen(Screen):
-    "Shows a merge: a bar for the tensors on a terminal, a line for each stage"
+    "Shows a merge or an extraction: a bar while it works on a terminal, a line for each stage"
     check = None  # what was measured
 
     def __call__(self, event):
         from finetuning_kit.merging import merge_event_words
 
         self.check = event.get("check", self.check)
-        if event["type"] == "tensors":
+        if event["type"] in ("tensors", "layers"):
             return self.show_bar(event) if self.console.is_terminal else None
         self.end()
         self.line(*merge_event_words(event))
 
     def show_bar(self, event):
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
         if self.progress is None:
-            columns = TextColumn("  [bold cyan]weights   "), BarColumn(24), DownloadColumn(binary_units=True)
+            bytes_told = event["type"] == "tensors"
+            columns = (TextColumn(f"  [bold cyan]{'weights' if bytes_told else 'layers':10}"), BarColumn(24),
+                       DownloadColumn(binary_units=True) if bytes_told else MofNCompleteColumn())
             self.progress = Progress(*columns, console=self.console, transient=True)
             self.task = self.progress.add_task("", total=event["total"])
             self.progress.start()
@@ -156,7 +163,12 @@ def mixed_adapter(
     base = options["base"] or found[0][1]
     pairs = [(adapter, weight) for adapter, _, weight in found]
     chosen = {name: options[name] for name in ("combination", "density") if options[name] is not None}
-    return mix_adapters(base, pairs, place / "mixed", **chosen), base
+    mixed = mix_adapters(base, pairs, place / "mixed", **chosen)
+    asked = next((adapter.parent for adapter, _ in pairs if (adapter.parent / "answers.jsonl").is_file()), None)
+    for name in ("answers.jsonl", "config.yaml"):  # a proof asks what lies beside the adapter
+        if asked and (asked / name).is_file():
+            shutil.copy(asked / name, place)
+    return mixed, base
 
 
 def do_merge(
@@ -220,7 +232,7 @@ def add_extract(
     parser: argparse.ArgumentParser,  # of the command
 ) -> None:  # the parser is changed
     "Add the flags of `extract`"
-    parser.usage = "%(prog)s BASE TUNED --output FOLDER [flags]  (--help lists them)"
+    parser.usage = "%(prog)s BASE TUNED --output FOLDER [flags]  (see --help)"
     parser.add_argument("base", metavar="BASE", help="pocket, a folder, a Hub name")
     parser.add_argument("tuned", metavar="TUNED", help="the same model, fine-tuned: a whole model's folder")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="the adapter's folder, which must not exist")
@@ -236,9 +248,13 @@ def run_extract(
     "Take an adapter out of a fine-tuned model"
     from finetuning_kit.extraction import extract_adapter
 
-    found = extract_adapter(options["base"], options["tuned"], options["output"], rank=options["rank"],
-                            energy=options["energy"], rest=options["rest"])
-    screen = Screen()
+    screen = MergeScreen()
+    hear = lambda done, total, name: screen({"type": "layers", "done": done, "total": total, "name": name})
+    try:
+        found = extract_adapter(options["base"], options["tuned"], options["output"], rank=options["rank"],
+                                energy=options["energy"], rest=options["rest"], on_progress=hear)
+    finally:
+        screen.end()
     for name, value in found.rows():
         screen.line(name, value)
     screen.line("wrote", str(found.folder))

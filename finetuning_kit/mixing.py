@@ -9,7 +9,6 @@ __all__ = ['SPARSE', 'COMBINATIONS', 'PLAIN', 'BASE_STARTS', 'read_weights', 'ch
 # %% ../nbs/094_mixing.ipynb #7c7d91ed
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch
 from .bases import BASE_RECORD, base_folder, check_base, read_adapter, record_base, stored_precision
 from .extraction import layer_names, save_adapter
 from .hollow import hollow_model
+from .merging import MIX_RECORD, check_output
 from .models import load_tokenizer, quiet_libraries
 from .runs import file_hash, staged
 from .settings import FinetuningError
@@ -237,19 +237,19 @@ def mix_adapters(
     "Mix adapters of one base into one adapter, whole or not at all"
     pairs = read_weights(adapters)
     check_combination(pairs, combination, density, rank)
-    if os.path.lexists(output_path):
-        raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
     paths = [path for path, _ in pairs]
+    check_output(Path(output_path), [base_folder(base_model_path), *paths], 0)
     met = check_same_base(base_model_path, paths)
     model = attach_all(base_model_path, paths)
     weights = add_adapters(model, [weight for _, weight in pairs], combination, density, rank, seed)
     told = {"combination": combination, "density": density, "rank": rank, "seed": seed, "adapters": [
-        {"folder": path.name, "weight": weight, "sha256": file_hash(path / "adapter_model.safetensors")}
+        {"folder": "/".join(path.parts[-2:] if path.name == "adapter" else path.parts[-1:]), "weight": weight,
+         "sha256": file_hash(path / "adapter_model.safetensors")}
         for path, weight in pairs]}
     speaker = next((path for path in paths if (path / "tokenizer_config.json").is_file()), None)
     with staged(output_path, 4 * sum(map(torch.numel, weights.values()))) as stage, quiet_libraries():
         save_adapter(stage, mixed_config(model, weights, base_model_path), weights)
-        (stage / "mix.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (stage / MIX_RECORD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if speaker:
             load_tokenizer(str(speaker)).save_pretrained(stage)
         record_base(stage, base_model_path, **met)

@@ -234,7 +234,7 @@ def proof_prompts(
         encoded.append(list(given) if as_ids else encode_prompt(tokenizer, given, formatter))
     n_long = sum(len(ids) > room for ids in encoded)
     if n_long:
-        notes.append(f"{n_long} prompts are longer than {room} tokens and were compared from their end")
+        notes.append(f"prompts longer than {room} tokens, compared from their ends: {n_long} of {len(encoded)}")
     return [_fit_prompt(ids, place, size, room) for place, ids in enumerate(encoded)], notes
 
 # %% ../nbs/091_verification.ipynb #5a67eaca

@@ -188,6 +188,21 @@ def test_a_folder_in_use_is_left_alone(pocket):
     assert [path.name for path in (pocket / "out").iterdir()] == ["mine.txt"]
 
 
+def test_progress_names_every_layer_that_changed(pocket):
+    heard = []
+    found = extract_adapter("pocket", pocket / "tuned", pocket / "out", rank=1, rest="drop",
+                            on_progress=lambda *told: heard.append(told))
+    done = [n for n, _, _ in heard]
+    assert [layer for _, _, layer in heard] == list(found.ranks) and {total for _, total, _ in heard} == {28}
+    assert done == sorted(set(done)) and 1 <= done[0] and done[-1] <= 28
+
+
+def test_a_source_is_never_written_into(pocket):
+    for inside in ("tuned/adapter", "tuned/deep/adapter"):
+        with pytest.raises(FinetuningError, match="lies inside"):
+            extract_adapter("pocket", pocket / "tuned", pocket / inside, rest="drop")
+
+
 def test_a_model_has_no_difference_from_itself(pocket):
     with pytest.raises(FinetuningError, match="no linear layer"):
         extract_adapter("pocket", "pocket", pocket / "out")

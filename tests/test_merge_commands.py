@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from finetuning_kit.asking import Answer
 from finetuning_kit.bases import record_base
 from finetuning_kit.loading import load_records
+from finetuning_kit.metrics import Exchange
 from finetuning_kit.models import load_tokenizer
 from finetuning_kit.profiles import demo_config
+from finetuning_kit.side_by_side import save_answers
 from finetuning_kit.tokens import encode_records
 from finetuning_kit.training import train
 
@@ -116,6 +119,45 @@ def test_help_has_examples(typed):
     assert code == 0 and "finetuning-kit merge runs/qa_rows" in out and "exit code: 0" in out
     code, out, _ = typed("extract", "--help")
     assert code == 0 and "--rank" in out and "--output" in out
+
+
+@pytest.mark.parametrize("command", ["merge", "extract"])
+def test_help_fits_into_80_columns(typed, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, typed(command, "--help")[1].splitlines())) <= 80
+
+
+def test_a_mix_says_what_it_was_made_of_and_is_asked_what_its_runs_were(typed, own):
+    shutil.copytree("mine", "other")
+    save_answers(Path("other/answers.jsonl"), [Exchange("Capital of Italy?", "Rome.", Answer("Rome.", 2, True))] * 3)
+    code, out, err = typed("merge", "--adapter", "mine=0.5", "--adapter", "other", "--combination", "ties",
+                           "--density", "0.5", "--output", "both", "--base", "pocket")
+    assert (code, err) == (0, "") and "3 of 3 answers the same" in " ".join(out.split()), out
+    words = "0.5 of mine/adapter and 1 of other/adapter (ties, density 0.5)"
+    assert words in " ".join(out.split()) and words in Path("both/README.md").read_text()
+    mix = json.loads(Path("both/merge.json").read_text())["mix"]
+    found = [(each["folder"], each["weight"]) for each in mix["adapters"]]
+    assert found == [("mine/adapter", 0.5), ("other/adapter", 1)]
+    assert sorted(path.name for path in Path().iterdir()) == ["ask.txt", "both", "mine", "other"]
+
+
+def test_an_extraction_has_every_label_on_one_line(typed, own):
+    assert typed("merge", "mine", "--prompts", "ask.txt", "--output", "whole")[0] == 0
+    code, out, err = typed("extract", "pocket", "whole", "--rank", "4", "--output", "back")
+    titles = [line[2:11].strip() for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert titles == ["layers", "rank", "energy", "lowest", "numbers", "besides", "left out", "wrote"], out
+
+
+@pytest.mark.parametrize("words, told", [
+    ("pocket mine/adapter --output out", "is an adapter and no whole model"),
+    ("pocket whole --output whole/adapter", "lies inside"), ("pocket whole --output ask.txt/x", "is no folder")])
+def test_an_extraction_is_refused_before_it_is_computed(typed, own, monkeypatch, words, told):
+    assert typed("merge", "mine", "--prompts", "ask.txt", "--output", "whole")[0] == 0
+    monkeypatch.setattr("finetuning_kit.extraction.factor_layers", None)
+    code, _, err = typed("extract", *words.split())
+    assert code == 2 and told in err, err
+    assert sorted(path.name for path in Path().iterdir()) == ["ask.txt", "mine", "whole"]
 
 
 def test_ctrl_c_leaves_nothing(own, tmp_path):

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning_kit.bases import attach_adapter, record_base
-from finetuning_kit.merging import MERGE_RECORD, load_check, merge_event_words, merge_lora_weights
+from finetuning_kit.merging import (
+    MERGE_RECORD, load_check, merge_event_words, merge_lora_weights, prepare_merge, refuse_difference)
 from finetuning_kit.models import load_model, load_tokenizer, pocket_model_path, quiet_libraries
 from finetuning_kit.runs import file_hash
 from finetuning_kit.settings import FinetuningError
-from finetuning_kit.verification import compare_logits, extreme_prompts, proof_prompts, verify_merge
+from finetuning_kit.verification import MergeCheck, compare_logits, extreme_prompts, proof_prompts, verify_merge
 
 ASK = ["What is the capital of Italy?", "Name the opposite of hot."]
 
@@ -228,7 +229,7 @@ def test_prompts_of_every_kind(sources, tmp_path):
     config = load_model("pocket").config.to_dict() | {"max_position_embeddings": 40}
     tokenizer = load_tokenizer("pocket")
     found, notes = proof_prompts(tokenizer, config, tmp_path, ["word " * 100, [1, 2, 3]], max_new_tokens=10)
-    assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens" in notes[0]
+    assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens, compared from their ends: 1 of 2" in notes[0]
     tokenizer.chat_template = None
     plain, notes = proof_prompts(tokenizer, config, tmp_path)
     assert "general prompts" in notes[0] and "capital of France" in tokenizer.decode(plain[0])
@@ -236,6 +237,13 @@ def test_prompts_of_every_kind(sources, tmp_path):
         with pytest.raises(FinetuningError, match="`prompts"):
             merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "out", prompts=wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_coarse_merge_that_differs_names_both_causes(sources, tmp_path):
+    job = prepare_merge(sources / "base", sources / "adapter", tmp_path / "out", "bf16")
+    apart = MergeCheck(8, 90, 1.0, 2.0, 0.5, 0.9, 5, limit=0.05, extreme={"relative_difference": 0.5})
+    with pytest.raises(FinetuningError, match="in fp32: `precision`; where it differs there too, look whether this is"):
+        refuse_difference(apart, job)
 
 
 def test_ends_of_the_vocabulary_are_looked_at(sources):
