@@ -124,8 +124,9 @@ def read_header(
             if not isinstance(entry["dtype"], str) or not all(is_count(size) for size in entry["shape"]):
                 raise ValueError(f"{name} is {entry['dtype']!r:.40} of {entry['shape']!r:.40}")
             found[name] = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), start, end)
-            width = found[name].dtype.itemsize if found[name].dtype else 0
-            if start != at or width and math.prod(entry["shape"]) * width != end - start:
+            digits = re.match("[A-Z]+([0-9]+)", entry["dtype"])  # BF16 and F8_E4M3 begin with their bits
+            bits = int(digits[1]) if digits else 0
+            if start != at or bits and math.prod(entry["shape"]) * bits != 8 * (end - start):
                 raise ValueError(f"the bytes of {name} are not where its header says")
             at = end
         if at != size:
@@ -205,8 +206,8 @@ def adapter_config(
         raise FinetuningError(f"{lora_path}: an adapter with `peft_type` {kind} works beside the weights and changes "
                               "none of them; it cannot be merged, load it as an adapter")
     if getattr(config, "layer_replication", None):
-        raise FinetuningError(f"{lora_path}: its `layer_replication` repeats layers that share their weights; it cannot "
-                              "be merged, load it as an adapter")
+        raise FinetuningError(f"{lora_path}: its `layer_replication` repeats layers that share their weights; it "
+                              "cannot be merged, load it as an adapter")
     return config
 
 # %% ../nbs/088_bases.ipynb #e5536584

@@ -296,7 +296,7 @@ def write_shards(
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (stage / index.name).write_text(text, encoding="utf-8")
 
-
+# %% ../nbs/090_streaming.ipynb #fbaca381
 def write_settings(
     plan: MergePlan,  # what was written
     stage: Path,  # where to

@@ -232,8 +232,8 @@ def verify_merge(
         raise FinetuningError("`adapter_model` has no adapter; pass the model as training left it")
     size = adapter_model.config.get_text_config().vocab_size
     if not kind_fits(prompts, [[object]]) or not len(prompts):
-        raise FinetuningError(f"`prompts` must be lists of token ids, got {prompts!r:.60}; 32 questions of the test set "
-                              "are a good choice")
+        raise FinetuningError(f"`prompts` must be lists of token ids, got {prompts!r:.60}; 32 questions of the test "
+                              "set are a good choice")
     prompts = [_fit_prompt(list(ids), place, size, len(ids)) for place, ids in enumerate(prompts)]
     check_count("max_new_tokens", max_new_tokens, 1)
     if isinstance(merged, (str, Path)):
