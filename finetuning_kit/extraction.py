@@ -19,10 +19,11 @@ import torch
 
 from .bases import base_folder, read_stored, record_base, stored_precision
 from .hollow import hollow_model
-from .merging import check_output
-from .models import load_tokenizer, quiet_libraries
-from .runs import staged
+from .merging import unfinished
+from .models import library_told, load_tokenizer, quiet_libraries
+from .runs import check_kind
 from .settings import FinetuningError, markdown_table
+from .streaming import check_output
 
 # %% ../nbs/093_extraction.ipynb #bf6149c1
 EXACT_UP_TO = 1024  # shorter side of a matrix up to which every singular value is computed
@@ -101,7 +102,7 @@ class ModelPair:
         from safetensors import safe_open
 
         file, key = side[name]
-        with safe_open(file, framework="pt") as opened:
+        with library_told(f"{file}: {key} cannot be read"), safe_open(file, framework="pt") as opened:
             return read(opened, key)
 
 # %% ../nbs/093_extraction.ipynb #3ba8a7a3
@@ -143,6 +144,7 @@ def lora_places(
     "List the weights of linear layers; a head that is the embeddings is none of them"
     from transformers.pytorch_utils import Conv1D
 
+    check_kind((["name"], "name", None), target_modules=target_modules)
     shared = pair.model.get_output_embeddings() if pair.model.config.tie_word_embeddings else None
     linear = [name for name, part in pair.model.named_modules()
               if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not shared and f"{name}.weight" in pair.base]
@@ -165,7 +167,8 @@ def changed_matrices(
     for name in places:
         if pair.differs(name):
             layer, change = name.removesuffix(".weight"), pair.change(name)[1]
-            yield layer, change if isinstance(pair.model.get_submodule(layer), Linear) else change.T
+            if change.any():  # fp32 tells the two apart
+                yield layer, change if isinstance(pair.model.get_submodule(layer), Linear) else change.T
 
 # %% ../nbs/093_extraction.ipynb #40e36b36
 @dataclass(frozen=True)
@@ -428,7 +431,7 @@ def extract_adapter(
     "Write the difference of two models as a LoRA adapter, reading one tensor of each at a time"
     check_size(rank, energy)
     check_rest([], rest)
-    check_output(Path(output_path), [base_folder(path) for path in (base_model_path, tuned_model_path)], 0)
+    check_output(output_path, [base_folder(path) for path in (base_model_path, tuned_model_path)])
     pair = pair_models(base_model_path, tuned_model_path)
     places = lora_places(pair, target_modules)
     check_rest(changed := changed_rest(pair, places), rest)
@@ -439,7 +442,8 @@ def extract_adapter(
     ranks = {layer: found[0] for layer, found in figures.items()}
     config = extracted_config(pair, ranks, base_model_path, modules, biases)
     n_parameters = sum(weight.numel() for weight in weights.values())
-    with staged(output_path, 4 * n_parameters) as stage, quiet_libraries():
+    with unfinished(output_path, 4 * n_parameters, "extract again") as stage, quiet_libraries():
+        stage.mkdir()
         save_adapter(stage, config, weights)
         if (base_folder(tuned_model_path) / "tokenizer_config.json").is_file():
             load_tokenizer(str(tuned_model_path)).save_pretrained(stage)

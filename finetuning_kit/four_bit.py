@@ -5,8 +5,6 @@
 # %% ../nbs/095_four_bit.ipynb #8d38751b
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,8 +21,10 @@ from .bases import attach_adapter, base_folder, check_base, read_adapter, stored
 from .budget import gib
 from .evaluation import ScoreChange, compare, evaluate
 from .merging import fold_adapter, merge_lora_weights, write_out
-from .models import load_model, load_tokenizer, quiet_libraries, torch_dtype
+from .models import load_model, load_tokenizer, quiet_libraries, read_json, torch_dtype
+from .runs import RunFiles
 from .settings import FinetuningError, markdown_table
+from .streaming import check_output
 from .verification import MERGE_LIMITS, MergeCheck, proof_prompts, verify_merge
 
 # %% ../nbs/095_four_bit.ipynb #cb2d1e00
@@ -211,7 +211,7 @@ def ways_for(
     base_model_path: str | Path,  # the base
 ) -> tuple[list[str], list[str]]:  # names of the ways that there are, and notes on those that there are not
     "List the ways that a base allows"
-    config = json.loads((base_folder(base_model_path) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base_folder(base_model_path) / "config.json")
     if "quantization_config" not in config:
         return list(FOUR_BIT_WAYS), []
     return [way for way in FOUR_BIT_WAYS if way != FULL_PRECISION], [
@@ -317,7 +317,7 @@ def choose_way(
     merges = [each.name for each in report.ways if each.name in (DEQUANTISED, FULL_PRECISION)]
     if way not in ("best", *merges):
         why = {UNMERGED: "; to ship the adapter, hand its folder on", IN_4_BITS: "; rounding again is never written"}
-        raise FinetuningError(f"`way` must be best, {' or '.join(merges)}, got {way!r:.60}{why.get(way, '')}")
+        raise FinetuningError(f"`way` must be best, {' or '.join(merges)}, got {way!r:.60}{why.get(str(way), '')}")
     found = report.best if way == "best" else report[way]
     if found.name == UNMERGED or not (found.check.passed or force):
         past = "" if way == "best" else (f"the {way} is {found.check.relative_difference:.1%} off, and "
@@ -338,12 +338,11 @@ def merge_trained_in_4bit(
     **options,  # of `compare_ways`
 ) -> FourBitReport:  # what was measured; `folder` is where the merge lies
     "Merge an adapter trained in 4 bits the way that stays closest to what was trained, or refuse"
-    if os.path.lexists(output_path):
-        raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
+    check_output(output_path, [base_folder(base_model_path), lora_path])
     report = compare_ways(base_model_path, lora_path, prompts, records, **options)
     in_4bit = choose_way(report, way, force) == DEQUANTISED and options.get("load_in_4bit", True)
     folder = merge_lora_weights(base_model_path, lora_path, output_path, options.get("precision", "auto"), in_4bit,
                                 prompts=prompts, allow_difference=force)
     report = replace(report, folder=folder)
-    (folder / WAYS_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    RunFiles(folder, "merge again").save_json(WAYS_FILE, report.to_dict())
     return report

@@ -16,8 +16,9 @@ __all__ = ['STILL_STARTS', 'CannotStream', 'placeholder', 'hollow_model', 'attac
 
 # %% ../nbs/089_hollow.ipynb #4704151a
 from .bases import (
-    StoredTensor, check_adapter, check_tied, number_kinds, read_header, read_stored, weight_files)
-from .models import check_model_config, four_bit_config, quiet_libraries
+    StoredTensor, adapter_config, check_adapter, check_tied, number_kinds, read_header, read_stored, weight_files)
+from .models import (
+    check_model_config, first_line, four_bit_config, library_told, loading_errors, quiet_libraries)
 from .settings import FinetuningError
 
 # %% ../nbs/089_hollow.ipynb #45f859fb
@@ -44,14 +45,12 @@ def hollow_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_model_config(Path(folder) / "config.json")
-    try:
-        with quiet_libraries(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if n_tokens:
-                config.get_text_config().vocab_size = n_tokens
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as problem:
-        raise FinetuningError(f"{folder}: its config.json makes no language model: {problem!s:.120}") from problem
+    told = library_told(f"{folder}: its config.json makes no language model")
+    with told, quiet_libraries(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if n_tokens:
+            config.get_text_config().vocab_size = n_tokens
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if getattr(config, "quantization_config", None):
         raise CannotStream(f"the weights in {folder} are stored quantised; pass the model before it was quantised")
     held = {}  # a tied weight stays one
@@ -70,9 +69,9 @@ def attach_hollow(
     lora_path: str | Path,  # the adapter's folder
 ) -> tuple:  # a PeftModel with the adapter's weights; the adapter's start where it changes the base, else None
     "Put an adapter on a model of placeholders"
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    config = PeftConfig.from_pretrained(str(lora_path))
+    config = adapter_config(lora_path)
     start = getattr(config, "init_lora_weights", True)
     if str(start).startswith("pissa_niter"):
         raise FinetuningError(f"{lora_path} cannot be merged: it began with a random approximation of its base "
@@ -85,9 +84,9 @@ def attach_hollow(
         try:
             adapted = PeftModel.from_pretrained(model, str(lora_path), config=config, low_cpu_mem_usage=True).eval()
             adapted.base_model._check_merge_allowed()
-        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as problem:
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            raise CannotStream(f"PEFT cannot put this adapter on an empty model: {reason}") from problem
+        except loading_errors() as problem:
+            words = f"PEFT cannot put this adapter on an empty model: {first_line(problem)}"
+            raise CannotStream(words) from problem
     check_adapter(adapted, lora_path)
     check_tied(adapted)
     return adapted, None if start in STILL_STARTS else start
@@ -183,7 +182,9 @@ def change_of(
     if isinstance(layers[module], (TrainableTokensLayer, TrainableTokensWrapper)):  # so may trained tokens
         return "layer", next(at for other in tied if (at := layer_of(other, layers)))
     plain = None if start else plain_lora(layers[module])
-    idle = plain and (not name.endswith(".weight") or not (plain[0].any() and plain[1].any()))
+    halves = plain and plain[:2]
+    idle = plain and (not name.endswith(".weight") or not all(half.any() for half in halves) and all(
+        half.isfinite().all() for half in halves))
     return ("", "") if idle else ("layer", module)
 
 # %% ../nbs/089_hollow.ipynb #f1c9c1aa
@@ -274,7 +275,7 @@ def grown_model(
             raise CannotStream(f"Transformers keeps {', '.join(sorted(kept))} of this model in 32 bits")
     table = model.get_input_embeddings().weight
     names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is table]
-    n_tokens = next((brought[name].shape[0] for name in names if name in brought), len(table))
+    n_tokens = next((brought[name].shape[0] for name in names if name in brought and brought[name].shape), len(table))
     if n_tokens != len(table):
         model, settings["vocab_size"] = hollow_model(folder, n_tokens), n_tokens
     return model, settings
@@ -306,7 +307,7 @@ def check_pieces(
         if piece.shape != shapes.get(piece.name, piece.shape):
             raise FinetuningError(f"{piece.stored.file}: {piece.stored.name} is {list(piece.shape)}, the model asks "
                                   f"for {list(shapes[piece.name])}; the file belongs to another model")
-        if piece.dtype is None and not piece.is_copied:
+        if None in (piece.dtype, piece.stored.dtype) and not piece.is_copied:
             raise CannotStream(f"{piece.name} is stored as {piece.stored.kind}")
 
 

@@ -9,9 +9,11 @@ __all__ = ['EXAMPLES', 'add_merge', 'find_adapter', 'weighted', 'read_prompts', 
 # %% ../nbs/111_merge_commands.ipynb #7493e787
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../nbs/111_merge_commands.ipynb #42519fb2
@@ -77,8 +79,9 @@ def find_adapter(
     if not (folder / "adapter_config.json").is_file():
         what = "a folder without adapter_config.json" if folder.is_dir() else "no folder that exists"
         raise FinetuningError(f"`{name}` is {what}; name a run's folder, or the folder `adapter` in it")
-    settings = folder.parent / "config.yaml"
-    base = load_config(settings).model_name if settings.is_file() else None
+    settings, base = folder.parent / "config.yaml", None
+    with suppress(FinetuningError):  # another program's file may have this name
+        base = load_config(settings).model_name if settings.is_file() else None
     known = base and (base == "pocket" or Path(base).is_dir() or "/" in base and not Path(base).is_absolute())
     return folder, base if known else base_of(folder / "adapter_config.json")
 
@@ -185,6 +188,7 @@ def do_merge(
     with tempfile.TemporaryDirectory() as place:
         several = options["adapter"]
         adapter, base = mixed_adapter(options, Path(place)) if several else find_adapter(options["which"])
+        adapter = adapter if adapter.name not in ("", "..") else Path(os.path.abspath(adapter))  # it has a name
         output = Path(options["output"]) if options["output"] else adapter.with_name(f"{adapter.name}_merged")
         return merge_lora_weights(options["base"] or base, adapter, output, options["precision"], in_4bit,
                                   prompts=prompts, verify=not options["no_verify"],
@@ -216,7 +220,7 @@ def run_merge(
     try:
         folder = do_merge(options, screen)
     except FinetuningError as error:
-        if screen.check is None:
+        if screen.check is None or screen.check.passed or options["allow_difference"]:
             raise
         words = str(error).replace("`allow_difference`", "--allow-difference")
         print(f"finetuning-kit: {words.replace('`precision`', '--precision fp32')}", file=sys.stderr)

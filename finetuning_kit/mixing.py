@@ -19,10 +19,11 @@ import torch
 from .bases import BASE_RECORD, base_folder, check_base, read_adapter, record_base, stored_precision
 from .extraction import layer_names, save_adapter
 from .hollow import hollow_model
-from .merging import MIX_RECORD, check_output
-from .models import load_tokenizer, quiet_libraries
-from .runs import file_hash, staged
+from .merging import MIX_RECORD, unfinished
+from .models import library_told, load_tokenizer, quiet_libraries, read_json
+from .runs import check_count, file_hash
 from .settings import FinetuningError
+from .streaming import check_output
 
 # %% ../nbs/094_mixing.ipynb #5947ceb7
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # cut entries away, and need a density
@@ -41,7 +42,7 @@ def read_weights(
     if not pairs:
         raise FinetuningError("`adapters` is empty; give at least one adapter's folder with its weight")
     for path, weight in pairs:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not -1e38 < weight < 1e38:
             raise FinetuningError(f"the weight of {path} must be a number, got {weight!r:.40}; 1 takes it as trained")
     kept = [(path, float(weight)) for path, weight in pairs if weight]
     if not kept:
@@ -88,22 +89,18 @@ def read_lora(
 ) -> tuple:  # PEFT's LoraConfig, with whole names of layers; the weights, by PEFT's names
     "Read an adapter that can be mixed, and refuse others"
     from peft import LoraConfig
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    settings = json.loads((Path(lora_path) / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(Path(lora_path) / "adapter_config.json")
     odd = [name for name, plain in PLAIN.items() if (settings.get(name) or plain) != plain]
     odd += ["init_lora_weights"] * str(settings.get("init_lora_weights")).lower().startswith(BASE_STARTS)
     if settings.get("peft_type") != "LORA" or odd:
         found = f"`{odd[0]}` {settings[odd[0]]!r:.40}" if odd else f"`peft_type` {settings.get('peft_type')}"
         raise FinetuningError(f"{lora_path} has {found}, which a mix of adapters cannot hold; merge it into its base, "
                               "take it out again with `extract_adapter`, and mix that")
-    try:
+    with library_told(f"the weights in {lora_path} cannot be read; copy the adapter again"):
         weights = load_file(Path(lora_path) / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as problem:
-        raise FinetuningError(f"the weights in {lora_path} are no whole safetensors file ({problem!s:.120}); "
-                              "copy the adapter again") from problem
-    if not all(weight.isfinite().all() for weight in weights.values()):
+    if not weights or not all(weight.isfinite().all() for weight in weights.values()):
         raise FinetuningError(f"{lora_path} holds values that are no numbers; train that adapter again")
     layers = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights})
     config = LoraConfig.from_pretrained(str(lora_path))
@@ -143,7 +140,8 @@ def attach_all(
         config, weights = read_lora(path)
         lost = config.target_modules - places
         if not lost:
-            with quiet_libraries(), torch.random.fork_rng(devices=[]):  # PEFT draws a start, which is thrown away
+            told = library_told(f"the adapter in {path} does not fit this base")
+            with told, quiet_libraries(), torch.random.fork_rng(devices=[]):  # PEFT draws a start, thrown away
                 if number:
                     model.add_adapter(f"mix{number}", config)
                 else:
@@ -191,18 +189,16 @@ def add_adapters(
 
     check_ranks(model, len(weights), combination, rank)
     names = [f"mix{number}" for number in range(len(weights))]
-    try:
-        with torch.random.fork_rng(devices=[]), quiet_libraries():
-            torch.manual_seed(seed)
-            model.add_weighted_adapter(names, weights, "mixed", combination, svd_rank=rank, svd_full_matrices=False,
-                                       density=density)
-    except ValueError as problem:
-        raise FinetuningError(f"PEFT cannot mix these adapters: {problem!s:.120}") from problem
+    with library_told("PEFT cannot mix these adapters"), torch.random.fork_rng(devices=[]), quiet_libraries():
+        torch.manual_seed(seed)
+        model.add_weighted_adapter(names, weights, "mixed", combination, svd_rank=rank, svd_full_matrices=False,
+                                   density=density)
     found = get_peft_model_state_dict(model, adapter_name="mixed", save_embedding_layers=False)
     if not all(weight.isfinite().all() for weight in found.values()):
         raise FinetuningError("the mix holds values that are no numbers; choose smaller weights")
     if not all(any(found[name].any() for name in found if part in name) for part in ("_A", "_B")):
-        raise FinetuningError("nothing is left of the adapters; choose a larger `density`")
+        raise FinetuningError("nothing is left of the adapters; " + (
+            "choose a larger `density`" if density else "their weights cancel each other out, choose others"))
     return found
 
 # %% ../nbs/094_mixing.ipynb #1455e00d
@@ -237,8 +233,9 @@ def mix_adapters(
     "Mix adapters of one base into one adapter, whole or not at all"
     pairs = read_weights(adapters)
     check_combination(pairs, combination, density, rank)
+    check_count("seed", seed)
     paths = [path for path, _ in pairs]
-    check_output(Path(output_path), [base_folder(base_model_path), *paths], 0)
+    check_output(output_path, [base_folder(base_model_path), *paths])
     met = check_same_base(base_model_path, paths)
     model = attach_all(base_model_path, paths)
     weights = add_adapters(model, [weight for _, weight in pairs], combination, density, rank, seed)
@@ -247,7 +244,9 @@ def mix_adapters(
          "sha256": file_hash(path / "adapter_model.safetensors")}
         for path, weight in pairs]}
     speaker = next((path for path in paths if (path / "tokenizer_config.json").is_file()), None)
-    with staged(output_path, 4 * sum(map(torch.numel, weights.values()))) as stage, quiet_libraries():
+    n_bytes = 4 * sum(map(torch.numel, weights.values()))
+    with unfinished(output_path, n_bytes, "mix again") as stage, quiet_libraries():
+        stage.mkdir()
         save_adapter(stage, mixed_config(model, weights, base_model_path), weights)
         (stage / MIX_RECORD).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if speaker:

@@ -13,13 +13,13 @@ import os
 import re
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'ARGUMENTS', 'MAKERS', 'disk_guard', 'sync_folder', 'staged', 'file_hash',
-           'RunFiles', 'RunLog', 'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder', 'check_given',
-           'is_count', 'check_count', 'kind_fits', 'kind_words', 'check_kind']
+__all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'ARGUMENTS', 'MAKERS', 'disk_guard', 'sync_folder', 'folders_above', 'staged',
+           'file_hash', 'RunFiles', 'RunLog', 'RunFolder', 'end_line', 'is_warm', 'check_folder', 'open_folder',
+           'check_given', 'is_count', 'check_count', 'kind_fits', 'kind_words', 'check_kind']
 
 # %% ../nbs/048_runs.ipynb #929cef92
 from .config import FineTuningConfig
@@ -67,6 +67,21 @@ def sync_folder(
 
 
 @contextmanager
+def folders_above(
+    path: str | Path,  # what shall lie in them
+):  # use as `with folders_above(path):`
+    "Make the folders above a path, and take those away again that stay empty."
+    new = [place for place in Path(path).absolute().parents if not os.path.lexists(place)]
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for place in new:  # the deepest first
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+
+# %% ../nbs/048_runs.ipynb #12c68f0e
+@contextmanager
 def staged(
     path: str | Path,  # the folder that shall appear; an older one of that name gives way
     n_bytes: int = 0,  # how much will be written, for the message of a full disk
@@ -74,9 +89,11 @@ def staged(
 ):  # yields the working folder, `.part/<name>` beside it
     "Fill a folder under a working name; it gets its own name when every byte is on the disk."
     path = Path(path)
-    stage = path.parent / ".part" / path.name
-    try:
-        with disk_guard(path, n_bytes, cure):
+    stage, old = (path.parent / ".part" / f"{path.name}{end}" for end in ("", ".old"))
+    if path.name in ("", ".."):
+        raise FinetuningError(f"{str(path)!r} is no name of a new folder; write one behind it")
+    with disk_guard(path, n_bytes, cure), folders_above(path):
+        try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             yield stage
@@ -86,11 +103,17 @@ def staged(
                     os.fsync(stream.fileno())
             sync_folder(stage)
             if path.exists():
-                os.replace(path, stage.parent / "old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
             os.replace(stage, path)
             sync_folder(path.parent)
-    finally:
-        shutil.rmtree(stage.parent, ignore_errors=True)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            for place in (stage, old):
+                shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # another folder is being filled there
+                stage.parent.rmdir()
 
 # %% ../nbs/048_runs.ipynb #84378a32
 def file_hash(
@@ -314,7 +337,8 @@ def _is_number(given):
 
 ARGUMENTS = {  # kind -> does a value fit, what is allowed
     "function": (callable, "a function"),
-    "path": (lambda given: isinstance(given, (str, os.PathLike)) and bool(os.fspath(given)),
+    "path": (lambda given: isinstance(given, (str, os.PathLike)) and bool(os.fspath(given).strip())
+             and "\0" not in os.fspath(given),
              'the path of a file or folder, such as "runs/mine"'),
     "whole": (lambda given: is_count(given), "a whole number, at least 0"),
     "count": (lambda given: is_count(given, 1), "a whole number, at least 1"),

@@ -16,13 +16,13 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['BLOCK', 'as_bytes', 'read_numbers', 'write_all', 'copy_bytes', 'check_finite', 'add_low_rank', 'round_to_4bit',
            'read_piece', 'write_piece', 'restart', 'merge_layer', 'PieceWriter', 'file_head', 'add_stops',
-           'write_shards', 'write_settings', 'stream_merge']
+           'write_shards', 'write_settings', 'check_output', 'stream_merge']
 
 # %% ../nbs/090_streaming.ipynb #e9e0421c
-from .bases import StoredTensor, base_folder, read_header
+from .bases import StoredTensor, base_folder, read_adapter, read_header
 from .hollow import MergePlan, MergedTensor, placeholder, plain_lora, plan_merge
-from .models import four_bit_config, quiet_libraries, stop_token_ids, torch_dtype
-from .runs import staged
+from .models import check_things, four_bit_config, quiet_libraries, read_json, stop_token_ids, torch_dtype
+from .runs import check_kind, staged
 from .settings import FinetuningError
 
 # %% ../nbs/090_streaming.ipynb #8633e727
@@ -82,6 +82,8 @@ def copy_bytes(
         stream.seek(at)
         while rest:
             data = stream.read(min(rest, 2**20))
+            if not data:
+                raise FinetuningError(f"{stored.file} ends in the middle of {stored.name}; copy it again")
             write_all(out, data)
             rest -= len(data)
 
@@ -141,6 +143,7 @@ def write_piece(
     piece: MergedTensor,  # a tensor to which plain LoRA, or nothing, is added
     out,  # a file, open for writing and not buffered
     lora: tuple | None = None,  # A, B and the scale
+    is_trained: bool = False,  # whether the numbers come with the adapter
 ) -> None:
     "Read, convert, add and write a tensor a few rows at a time"
     width = piece.shape[-1] if piece.shape else 1
@@ -155,6 +158,8 @@ def write_piece(
             total = add_low_rank(rows, a, b[first:first + count], scale)
             rows = total.to(piece.dtype)
             check_finite(rows if piece.kind == "F16" else total, piece.name)  # fp16 ends at 65,504
+        elif is_trained:
+            check_finite(rows, piece.name)
         write_all(out, as_bytes(rows))
 
 # %% ../nbs/090_streaming.ipynb #f588b244
@@ -225,10 +230,11 @@ class PieceWriter:
     def write(self, piece: MergedTensor, out) -> None:
         "Write one tensor"
         plain = plain_lora(self.plan.layers[piece.layer]) if piece.layer and not self.plan.start else None
-        if piece.is_copied:
+        is_trained = piece.stored.file.parent != self.plan.folder and piece.dtype is not None
+        if piece.is_copied and not is_trained:
             copy_bytes(piece.stored, out)
         elif plain or not piece.layer:
-            write_piece(piece, out, plain)
+            write_piece(piece, out, plain, is_trained)
         else:
             if piece.name not in self.held:
                 self.merge(piece.layer)
@@ -264,7 +270,7 @@ def add_stops(
 ) -> None:
     "Let generation stop where the tokenizer's turns end"
     stops = generation.eos_token_id
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else stops
+    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int)]
     generation.eos_token_id = list(dict.fromkeys([*stops, *stop_token_ids(tokenizer)]))
 
 # %% ../nbs/090_streaming.ipynb #fb0fcc64
@@ -282,14 +288,15 @@ def write_shards(
                 writer.write(piece, out)
     index = plan.folder / "model.safetensors.index.json"
     if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
+        total = content["metadata"].get("total_size") if isinstance(content.get("metadata"), dict) else None
         listed = {piece.name: name for name, pieces in plan.shards.items() for piece in pieces}
-        if listed != content["weight_map"] or plan.n_bytes != content.get("metadata", {}).get("total_size"):
+        if listed != content["weight_map"] or plan.n_bytes != total:
             content = {"metadata": {"total_size": plan.n_bytes}, "weight_map": dict(sorted(listed.items()))}
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (stage / index.name).write_text(text, encoding="utf-8")
 
-
+# %% ../nbs/090_streaming.ipynb #fbaca381
 def write_settings(
     plan: MergePlan,  # what was written
     stage: Path,  # where to
@@ -302,11 +309,42 @@ def write_settings(
         old = "torch_dtype" if name == "dtype" and "torch_dtype" in config else name
         (inner if old in inner else config)[old] = value
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = plan.generation_config
+    generation, file = plan.generation_config, plan.folder / "generation_config.json"
+    kept = read_json(file) if file.is_file() else {}
+    generation.eos_token_id = kept.get("eos_token_id", generation.eos_token_id)
     if tokenizer is not None:
         add_stops(generation, tokenizer)
         tokenizer.save_pretrained(stage)
     generation.save_pretrained(stage)
+    if kept:  # temperature and the like go along as they are
+        kept["eos_token_id"] = generation.eos_token_id
+        (stage / file.name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+# %% ../nbs/090_streaming.ipynb #402a86e1
+def check_output(
+    output_path: str | Path,  # the folder that shall appear
+    sources: list[str | Path],  # folders of the base and the adapters
+    n_bytes: int = 0,  # what it will take
+) -> None:  # raises; nothing is created
+    "Refuse a place that is taken, that belongs to a source, that cannot be written to, or that is too small"
+    check_kind("path", output_path=output_path)
+    if any("\ud800" <= letter <= "\udfff" for letter in str(output_path)):
+        raise FinetuningError(f"{str(output_path)!r} has letters in it that no text has; choose another name")
+    if os.path.lexists(output_path):
+        raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
+    real = Path(os.path.realpath(output_path))
+    inside = [source for source in sources if real.is_relative_to(os.path.realpath(source))]
+    if inside:
+        raise FinetuningError(f"{output_path} lies inside {inside[0]}, which is read and never changed; "
+                              "choose a folder outside")
+    home = next(place for place in Path(output_path).absolute().parents if os.path.lexists(place))
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        why = "cannot be written to" if home.is_dir() else "is no folder"
+        raise FinetuningError(f"{output_path} cannot be made: {home} {why}; choose another folder")
+    free = shutil.disk_usage(home).free
+    if free < n_bytes:
+        raise FinetuningError(f"{output_path} needs {n_bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; "
+                              "nothing was written; make room, or choose a folder on another disk")
 
 # %% ../nbs/090_streaming.ipynb #bf915830
 def stream_merge(
@@ -319,15 +357,14 @@ def stream_merge(
     on_progress: Callable | None = None,  # called as on_progress(bytes written, bytes in all, tensor's name)
 ) -> MergePlan:  # what was written
     "Merge an adapter tensor by tensor, from file to file: whole or not at all"
-    output_path, folder = Path(output_path), base_folder(base_model_path)
-    if os.path.lexists(output_path):
-        raise FinetuningError(f"{output_path} exists already, nothing was written; choose another folder or remove it")
-    plan = plan_merge(folder, lora_path, torch_dtype(precision) if precision else None, in_4bit)
-    home = next(place for place in output_path.absolute().parents if place.is_dir())
-    free = shutil.disk_usage(home).free
-    if free < 1.02 * plan.n_bytes:
-        raise FinetuningError(f"{output_path} needs {plan.n_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free, "
-                              "nothing was written; make room or choose a folder on another disk")
+    check_kind(bool, in_4bit=in_4bit)
+    check_kind(("function", None), on_progress=on_progress)
+    if tokenizer is not None:
+        check_things({"tokenizer": tokenizer})
+    folder, _ = base_folder(base_model_path), read_adapter(lora_path)
+    check_output(output_path, [folder, lora_path])
+    plan = plan_merge(folder, lora_path, None if precision is None else torch_dtype(precision), in_4bit)
+    check_output(output_path, [], int(1.02 * plan.n_bytes))
     with staged(output_path, plan.n_bytes, "merge again") as stage, quiet_libraries():
         write_shards(plan, stage, on_progress)
         write_settings(plan, stage, tokenizer)

@@ -10,7 +10,7 @@ __all__ = ['POSITIONS', 'MERGE_LIMITS', 'ROUNDING', 'SHAKEN', 'EXCUSED', 'PROOF_
 
 # %% ../nbs/091_verification.ipynb #39c8a7c6
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from .bases import base_folder, stored_precision, weight_files
 from .config import load_config
 from .formatting import CompletionFormatter
 from .machine import Machine, cpu_of, probe_machine
-from .models import load_model
+from .models import check_things, load_model
 from .pipeline import formatter_of
 from .records import Conversation
+from .runs import check_count, check_kind, is_count, kind_fits
 from .settings import FinetuningError, markdown_table
 from .side_by_side import load_answers
 from .tokens import encode_prompt
@@ -198,14 +199,15 @@ def kept_questions(
     folder = Path(lora_path).absolute()
     for place in list(folder.parents)[:2]:
         if (place / "answers.jsonl").is_file() and (place / "config.yaml").is_file():
-            kept = load_answers(place / "answers.jsonl")[:PROOF_PROMPTS]
-            questions = [Conversation(list(each.messages)) for each in kept]
-            return questions, formatter_of(load_config(place / "config.yaml"))
+            with suppress(FinetuningError):  # another program's files may have these names
+                kept = load_answers(place / "answers.jsonl")[:PROOF_PROMPTS]
+                questions = [Conversation(list(each.messages)) for each in kept]
+                return questions, formatter_of(load_config(place / "config.yaml"))
     return [], None
 
 # %% ../nbs/091_verification.ipynb #3647bb59
 def _fit_prompt(ids, place, size, room):
-    if not ids or not all(isinstance(each, int) and 0 <= each < size for each in ids):
+    if not ids or not all(is_count(each) and each < size for each in ids):
         raise FinetuningError(f"`prompts[{place}]` must be text or token ids from 0 to {size - 1}, got {ids!r:.60}")
     return ids[-room:]
 
@@ -218,7 +220,7 @@ def proof_prompts(
     max_new_tokens: int = 32,  # tokens that an answer may have
 ) -> tuple[list[list[int]], list[str]]:  # token ids of each prompt, and notes
     "Choose what both models are asked, and put it into token ids"
-    if isinstance(prompts, str) or prompts is not None and not prompts:
+    if prompts is not None and not (kind_fits(prompts, [object]) and len(prompts)):
         raise FinetuningError(f"`prompts` must be a list of questions, got {prompts!r:.60}; leave it out to take the "
                               "questions of the adapter's run, or general ones")
     settings, (questions, formatter) = getattr(config, "to_dict", lambda: config)(), kept_questions(lora_path)
@@ -249,10 +251,16 @@ def verify_merge(
     "Compare a merged model with the adapter model: logits at every position, and greedy answers"
     if not hasattr(adapter_model, "disable_adapter"):
         raise FinetuningError("`adapter_model` has no adapter; pass the model as training left it")
-    if not prompts:
-        raise FinetuningError("`prompts` is empty; pass the token ids of some questions, 32 are a good choice")
+    size = adapter_model.config.get_text_config().vocab_size
+    if not kind_fits(prompts, [[object]]) or not len(prompts):
+        raise FinetuningError(f"`prompts` must be lists of token ids, got {prompts!r:.60}; 32 questions of the test "
+                              "set are a good choice")
+    prompts = [_fit_prompt(list(ids), place, size, len(ids)) for place, ids in enumerate(prompts)]
+    check_count("max_new_tokens", max_new_tokens, 1)
     if isinstance(merged, (str, Path)):
         merged = load_model(str(merged), precision=stored_precision(merged), device=str(adapter_model.device))
+    check_things({"model": merged, "tokenizer": tokenizer})
+    check_kind(("number", None), limit=limit)
     figures = compare_logits(adapter_model, merged, prompts)
     extreme = compare_logits(adapter_model, merged, extreme_prompts(merged))
     answers = [generate_answers(model, tokenizer, prompts, max_new_tokens) for model in (adapter_model, merged)]

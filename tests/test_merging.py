@@ -90,8 +90,8 @@ BAD = {
         (home / "adapter" / "base.json").unlink(), cut(home / "base" / "model.safetensors")), ""),
     "truncated adapter": (lambda home: cut(home / "adapter" / "adapter_model.safetensors"), ""),
     "adapter is text": (lambda home: (home / "adapter" / "adapter_model.safetensors").write_text("hello"), ""),
-    "adapter's config is no JSON": (lambda home: (home / "adapter" / "adapter_config.json").write_text("{"), "damaged"),
-    "base.json is no JSON": (lambda home: (home / "adapter" / "base.json").write_text("{"), "damaged"),
+    "adapter's config is no JSON": (lambda home: (home / "adapter" / "adapter_config.json").write_text("{"), "is not readable JSON"),
+    "base.json is no JSON": (lambda home: (home / "adapter" / "base.json").write_text("{"), "is not readable JSON"),
     "no adapter": (lambda home: shutil.rmtree(home / "adapter"), "is no adapter"),
     "no base": (lambda home: shutil.rmtree(home / "base"), "neither"),
     "wrong base": (other_numbers, "not the base that this adapter was trained on"),
@@ -199,7 +199,7 @@ def test_a_folder_that_another_merge_is_writing(sources, tmp_path):
 
     with unfinished(tmp_path / "out") as stage:
         stage.mkdir()
-        with pytest.raises(FinetuningError, match="being written by another merge"):
+        with pytest.raises(FinetuningError, match="being written by another process"):
             merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "out", verify=False)
         merge_lora_weights(sources / "base", sources / "adapter", tmp_path / "beside", verify=False)
         assert stage.is_dir()

@@ -233,7 +233,7 @@ def damage_shape(folder):
 @pytest.mark.parametrize("damage, words", [
     (damage_base, "is not the base that this adapter was trained on"),
     (damage_form, "was trained on the base in 4 bits"),
-    (damage_end, "are no whole safetensors file"), (damage_numbers, "values that are no numbers"),
+    (damage_end, "is no whole safetensors file"), (damage_numbers, "values that are no numbers"),
     (damage_places, "does not fit this base, 1 of its places"),
     (damage_shape, "does not fit this base, 1 of its places"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "it has no adapter_model.safetensors"),
