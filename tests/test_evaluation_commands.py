@@ -201,7 +201,7 @@ def test_a_killed_evaluation_goes_on(typed, rows, monkeypatch):
     assert len(load_answers("mine/answers.jsonl")) == 12
 
 
-def test_sigterm_is_told(rows):
+def test_sigterm_is_told(typed, rows):
     words = ("evaluate", "--model", "pocket", *ASK, "--batch-size", "1", "--max-new-tokens", "500", "--output", "mine")
     process = start(*words)
     while n_lines("mine/collected.jsonl") < 3:
