@@ -254,10 +254,7 @@ def run_sweep(
     if found.best:  # a line of its own, however long, so that it can be copied
         line = f"finetuning-kit train --config {folder / 'best.yaml'}"
         screen.console.print(f"\n    {line}\n", soft_wrap=True, markup=False, highlight=False)
-    if not found.interrupted:
-        return 0
-    return tell_error(f"interrupted after {len(found.trials)} trials, which are kept; the same line goes on",
-                      128 + found.interrupted)
+    return found.interrupted and tell_error("interrupted; the same line goes on", 128 + found.interrupted)
 
 # %% ../nbs/112_cli.ipynb #b9cf51c2
 def add_lr_find(

@@ -291,33 +291,26 @@ def joined_verdict(
         return {"exit_code": 3, "reasons": ["cannot tell: " + "; ".join(card.notes)]}
     return gate_of(card.comparison, probe, budget, noise).to_dict()
 
-# %% ../nbs/110_evaluation_commands.ipynb #fce9a793
+# %% ../nbs/110_evaluation_commands.ipynb #7fb344e0
 def load_repeats(
     names: list[str],  # folders of runs or evaluations
     file: str,  # "answers.jsonl" or "probe.jsonl"
-) -> list[list]:  # what each was asked; empty where none has the file
+) -> list[list]:  # what each was asked; empty where no probe was
     "Read what runs of other seeds were asked, and refuse what says nothing of their noise"
     from finetuning_kit.settings import FinetuningError
     from finetuning_kit.side_by_side import load_answers
 
-    paths, found = [Path(name) / file for name in names], []
-    if file != "answers.jsonl" and not any(path.is_file() for path in paths):
-        return []
-    for name, path in zip(names, paths):
-        rows = load_answers(path) if path.is_file() else []
-        if not rows:
-            raise FinetuningError(f"--noise: {name} holds no {path.stem}; `finetuning-kit evaluate` asks its model"
-                                  f"{', with --probe as the others were' * (file != 'answers.jsonl')}")
-        if found and [each.prompt for each in rows] != [each.prompt for each in found[0]]:
-            raise FinetuningError(f"--noise: {name} and {names[0]} were not asked the same in their {file} "
-                                  f"({len(rows)} and {len(found[0])} rows); evaluate both with the same line")
-        if rows in found and file == "answers.jsonl":
-            raise FinetuningError(f"--noise: {name} and {names[found.index(rows)]} hold the same answers throughout, as "
-                                  "one run does that is named twice; name runs of different seeds")
-        found.append(rows)
-    return found
+    found = [load_answers(path) if path.is_file() else [] for path in (Path(name) / file for name in names)]
+    asked = [[each.prompt for each in rows] for rows in found]
+    for n, name in enumerate(names if any(found) or file == "answers.jsonl" else ()):
+        odd = "holds none" if not found[n] else f"was asked other rows than {names[0]}" if asked[n] != asked[0] else ""
+        if not odd and file == "answers.jsonl" and found[n] in found[:n]:
+            odd = f"answers throughout as {names[found.index(found[n])]} does, as one run does that is named twice"
+        if odd:
+            raise FinetuningError(f"--noise, {file}: {name} {odd}; `finetuning-kit evaluate` all runs by the same line")
+    return found if any(found) else []
 
-
+# %% ../nbs/110_evaluation_commands.ipynb #fce9a793
 def read_noise(
     options: dict,  # what the command line gave
     metrics: tuple | None = None,  # measured; None: the usual ones
@@ -336,8 +329,7 @@ def read_noise(
             raise FinetuningError(f"--noise needs two folders or more, of runs that differ in their seed alone, got "
                                   f"only {names[0]}; without any, `pocket` stands for what was measured for the demo")
         return stored_noise(names[0]) if names else None
-    for name in names:
-        open_work(name)  # says what is wrong with a folder
+    list(map(open_work, names))  # says what is wrong with a folder
     answers, probes = load_repeats(names, "answers.jsonl"), load_repeats(names, "probe.jsonl")
     measured = usable_metrics(metrics or USUAL_METRICS, *answers)
     repeats = [[Evaluation(rows, measured) for rows in answers]]

@@ -122,10 +122,10 @@ def test_evaluation_of_a_run_and_of_its_adapter(typed, rows):
     (("compare", "base", "good", "--noise", "base", "good"), "add --gate"),
     (("compare", "base", "good", "--gate", "--noise", "base"), "--noise needs two folders or more"),
     (("compare", "base", "good", "--gate", "--noise", "base", "foreign"), "holds neither a run nor answers"),
-    (("compare", "base", "good", "--gate", "--noise", "base", "./base"), "hold the same answers throughout"),
-    (("compare", "base", "good", "--gate", "--noise", "base", "other"), "other and base were not asked the same in"),
-    (("compare", "base", "good", "--gate", "--noise", "good", "empty"), "--noise: empty holds no answers"),
-    (("compare", "base", "good", "--gate", "--noise", "base", "--noise", "probed"), "base holds no probe; `finetuning"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "./base"), "answers throughout as base does"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "other"), "other was asked other rows than base"),
+    (("compare", "base", "good", "--gate", "--noise", "good", "empty"), "--noise, answers.jsonl: empty holds none"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "--noise", "probed"), "probe.jsonl: base holds none; `finetuning"),
     (("compare", "pocket", "nowhere/at-all", *ASK, "--gate", "--budget", "2"), "--budget must lie between 0 and 1"),
     (("compare", "pocket", *ASK), "are asked of two models, got 1"),
     (("compare", "base", "bad_answers"), "bad_answers/answers.jsonl:1: this is no kept answer"),
@@ -178,7 +178,7 @@ def test_seeds_that_differ_widen_the_gate(typed, tmp_path):
     assert code == 3 and "64.5 points" in json.loads(out)["gate"]["reasons"][2]
     names = [kept(f"seed{n}", 20 + n % 2) for n in range(6)]
     code, _, err = typed("compare", "base", "good", "--gate", "--noise", *names)
-    assert code == 2 and "seed2 and seed0 hold the same answers" in err
+    assert code == 2 and "seed2 answers throughout as seed0 does" in err
     for n, name in enumerate(names):
         kept(f"{name}b", 15 + n)
     code, out, _ = typed("compare", "base", "good", "--gate", "--noise", *(f"{name}b" for name in names))
