@@ -230,6 +230,14 @@ def test_sigterm_is_told(typed, rows):
     assert (process.returncode, err) == (143, b"finetuning-kit: interrupted\n")
 
 
+def test_sigterm_inside_generated_code_keeps_its_exit_code():
+    code = "import os\nfrom finetuning_kit.cli import told_in_sentences\nwith told_in_sentences():\n" \
+           "    exec('os.kill(os.getpid(), 15); sum(range(9))')"  # at a plain Ctrl-C there, Python ends with -2
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (found.returncode, found.stderr) == (143, "finetuning-kit: interrupted\n")
+
+
 def test_bad_rows_and_long_prompts_have_their_flags(typed, tmp_path):
     rows = [ROWS[0], {"colour": 3}, {"instruction": "word " * 1500, "output": "x"}, ROWS[1]]
     Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
