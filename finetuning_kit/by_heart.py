@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -330,8 +331,8 @@ def loss_falls(
 
     run = train(config, stage.batch, model=model, tokenizer=stage.tokenizer, folder=RunFolder(stage.place / "run"),
                 on_event=hear)
-    if run.status == "interrupted":
-        raise KeyboardInterrupt
+    if run.signal:  # even one that came in the last step
+        raise KeyboardInterrupt(signal.Signals(run.signal).name)
     stage.run = run
     return judge_losses(stage.losses, needed_fall(stage))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASKED', 'add_asking', 'add_measures', 'add_evaluate', 'add_compare', 'find_model', 'choose_metrics', 'fit_task',
            'open_evaluation', 'read_questions', 'to_be_read', 'usual_for', 'tell_now_and_then', 'read_wanted',
-           'ask_model', 'joined_verdict', 'read_noise', 'present_card', 'run_evaluate', 'kept_probes', 'compare_models',
-           'run_compare']
+           'ask_model', 'joined_verdict', 'load_repeats', 'read_noise', 'present_card', 'run_evaluate', 'kept_probes',
+           'compare_models', 'run_compare']
 
 # %% ../nbs/110_evaluation_commands.ipynb #248c554e
 import argparse
@@ -88,8 +88,9 @@ def add_compare(
                         "forgotten no more than the budget, 1 where it is not, 3 where nobody can tell")
     parser.add_argument("--budget", metavar="X", type=float, default=0.02, help="share of the probe that may be lost "
                         "(default 0.02, two points)")
-    parser.add_argument("--noise", metavar="FOLDER", nargs="+", help="evaluations of runs that differ in their seed "
-                        "alone: how far they lie apart widens the gate's intervals; pocket: as measured for the demo")
+    parser.add_argument("--noise", metavar="FOLDER", nargs="+", action="extend", help="evaluations of runs that differ "
+                        "in their seed alone, named behind FIRST and SECOND: how far they lie apart widens the gate's "
+                        "intervals; pocket: as measured for the demo")
 
 # %% ../nbs/110_evaluation_commands.ipynb #8d5d6b74
 def find_model(
@@ -285,13 +286,29 @@ def joined_verdict(
 ) -> dict:  # `exit_code` 0 passed, 1 failed, 3 undecided; `reasons`
     "Decide whether a model is better and has not forgotten"
     from finetuning_kit.gates import gate_of
-    from finetuning_kit.settings import FinetuningError
 
-    if not 0 < budget < 1:
-        raise FinetuningError(f"--budget must lie between 0 and 1, as 0.02 for two points, got {budget:g}")
     if card.comparison is None:
         return {"exit_code": 3, "reasons": ["cannot tell: " + "; ".join(card.notes)]}
     return gate_of(card.comparison, probe, budget, noise).to_dict()
+
+# %% ../nbs/110_evaluation_commands.ipynb #7fb344e0
+def load_repeats(
+    names: list[str],  # folders of runs or evaluations
+    file: str,  # "answers.jsonl" or "probe.jsonl"
+) -> list[list]:  # what each was asked; empty where no probe was
+    "Read what runs of other seeds were asked, and refuse what says nothing of their noise"
+    from finetuning_kit.settings import FinetuningError
+    from finetuning_kit.side_by_side import load_answers
+
+    found = [load_answers(path) if path.is_file() else [] for path in (Path(name) / file for name in names)]
+    asked = [[each.prompt for each in rows] for rows in found]
+    for n, name in enumerate(names if any(found) or file == "answers.jsonl" else ()):
+        odd = "holds none" if not found[n] else f"was asked other rows than {names[0]}" if asked[n] != asked[0] else ""
+        if not odd and file == "answers.jsonl" and found[n] in found[:n]:
+            odd = f"answers throughout as {names[found.index(found[n])]} does, as one run does that is named twice"
+        if odd:
+            raise FinetuningError(f"--noise, {file}: {name} {odd}; `finetuning-kit evaluate` all runs by the same line")
+    return found if any(found) else []
 
 # %% ../nbs/110_evaluation_commands.ipynb #fce9a793
 def read_noise(
@@ -302,7 +319,7 @@ def read_noise(
     from finetuning_kit.evaluation import USUAL_METRICS, Evaluation
     from finetuning_kit.gates import KNOWLEDGE, run_noise, stored_noise
     from finetuning_kit.settings import FinetuningError
-    from finetuning_kit.side_by_side import load_answers, open_work, usable_metrics
+    from finetuning_kit.side_by_side import open_work, usable_metrics
 
     names = options["noise"] or []
     if names and not options["gate"]:
@@ -312,15 +329,13 @@ def read_noise(
             raise FinetuningError(f"--noise needs two folders or more, of runs that differ in their seed alone, got "
                                   f"only {names[0]}; without any, `pocket` stands for what was measured for the demo")
         return stored_noise(names[0]) if names else None
-    answers, probes = [open_work(name).exchanges for name in names], [Path(name) / "probe.jsonl" for name in names]
-    silent = [name for name, rows in zip(names, answers) if not rows]
-    if silent:
-        raise FinetuningError(f"--noise: {silent[0]} holds no answers; `finetuning-kit evaluate` asks its model")
+    list(map(open_work, names))  # says what is wrong with a folder
+    answers, probes = load_repeats(names, "answers.jsonl"), load_repeats(names, "probe.jsonl")
     measured = usable_metrics(metrics or USUAL_METRICS, *answers)
     repeats = [[Evaluation(rows, measured) for rows in answers]]
-    if all(path.is_file() for path in probes):
-        repeats.append([Evaluation(load_answers(path), (KNOWLEDGE,)) for path in probes])
-    return run_noise(*repeats, source=f"{len(names)} runs: {', '.join(names)}")
+    repeats += [[Evaluation(rows, (KNOWLEDGE,)) for rows in probes]] if probes else []
+    told = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+    return run_noise(*repeats, source=f"{len(names)} runs, {len(answers[0])} questions: {told}")
 
 # %% ../nbs/110_evaluation_commands.ipynb #139d9d94
 def _check_beforehand(options):  # what would otherwise be found out after hours of asking
@@ -329,6 +344,8 @@ def _check_beforehand(options):  # what would otherwise be found out after hours
     from finetuning_kit.gates import read_probe
     from finetuning_kit.settings import FinetuningError
 
+    if options.get("gate") and not 0 < options["budget"] < 1:
+        raise FinetuningError(f"--budget must lie between 0 and 1, as 0.02 for two points, got {options['budget']:g}")
     if options["html"]:
         page = Path(options["html"])
         home = next(place for place in page.absolute().parents if place.exists())

@@ -102,9 +102,13 @@ def run_noise(
     spread = {}
     for evaluations in repeats or [[]]:
         check_kind([Evaluation], repeats=evaluations)
-        if len(evaluations) < 2 or len({tuple(each.prompts) for each in evaluations}) > 1:
+        if len(evaluations) < 2:
             raise FinetuningError(f"noise needs two runs or more that were asked the same questions, got "
                                   f"{len(evaluations)}; train again with other values of `seed`")
+        if len({tuple(each.prompts) for each in evaluations}) > 1 or not evaluations[0].prompts:
+            raise FinetuningError(f"noise needs runs that were asked the same questions, got lists of "
+                                  f"{', '.join(str(len(each.prompts)) for each in evaluations[:9])} that differ or are "
+                                  "empty; evaluate every run on the same records")
         for name in evaluations[0].scores:
             spread[name] = float(np.std([each.scores[name] for each in evaluations], ddof=1))
     return RunNoise(spread, min(map(len, repeats)), source)
@@ -265,10 +269,11 @@ def noise_words(
         return ["the noise between runs was not measured, so this is about these weights and not about the recipe; "
                 "train with other seeds, and give `run_noise` of their evaluations, or the commands their `--noise`"]
     asked = {each.metric: amount_words(noise.margin(each.metric), each.percent).lstrip("+") + " points" * each.percent
-             for each in checks if each.metric in noise.spread}
-    lacking = dict.fromkeys(each.metric for each in checks if each.metric not in noise.spread)
-    known = [f"{name} by {amount}" for name, amount in asked.items()]
-    told = [f"19 runs in 20 lie near their mean: {', '.join(known)} ({noise.source})"] * bool(known)
+             for each in checks if math.isfinite(noise.margin(each.metric))}
+    lacking = dict.fromkeys(each.metric for each in checks if each.metric not in asked)
+    known = ", ".join(f"{name} {amount}" for name, amount in asked.items())
+    few = f"; {noise.n_runs} runs say little of all others, and more would narrow this" * (noise.n_runs < 5)
+    told = [f"19 runs in 20 lie so close to their mean: {known} ({noise.source}){few}"] * bool(known)
     return told + [f"the noise between runs was not measured for {', '.join(lacking)}"] * bool(lacking)
 
 # %% ../nbs/080_gates.ipynb #524f9967

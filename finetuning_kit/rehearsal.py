@@ -9,6 +9,7 @@ import gc
 import json
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -180,8 +181,8 @@ def checkpoint_resumes(
     path, place = stage.run.folder.checkpoints / f"checkpoint-{at}", RunFolder(stage.place / "resumed")
     resumed = train(short_config(stage), stage.batch, tokenizer=stage.tokenizer, folder=place, on_event=hear,
                     resume=str(path), should_stop=lambda: len(again) >= REPLAYED)
-    if resumed.status == "interrupted":
-        raise KeyboardInterrupt
+    if resumed.signal:
+        raise KeyboardInterrupt(signal.Signals(resumed.signal).name)
     once = stage.losses[at:at + REPLAYED]
     apart = max(abs(one - other) / max(abs(one), 1e-6) for one, other in zip(once, again))
     allowed = 1e-4 if resumed.model.device.type == "cpu" else 1e-2  # a GPU may add up in another order

@@ -147,7 +147,7 @@ class TrialWatch:
         on_event: Callable | None = None,  # hears every event too, with the number as `trial`
     ):
         self.trial, self.metric, self.number, self.on_event = trial, metric, number, on_event
-        self.value, self.n_steps, self.pruned = None, 0, False
+        self.value, self.n_steps, self.pruned, self.signal = None, 0, False, None
 
     def __call__(
         self,
@@ -178,7 +178,7 @@ def run_trial(
         changed = config_of_trial(config, settings, len(rows[0]))
         run = train(changed, *rows, tokenizer=tokenizer, folder=folder, on_event=watch,
                     should_stop=lambda: watch.pruned, callbacks=(LastLook(),))
-        known = watch.value is not None
+        known, watch.signal = watch.value is not None, run.signal
         state = {"finished": "finished", "stopped": "pruned", "interrupted": "interrupted"}.get(run.status, "failed")
         reason = "" if known and state != "failed" else f"{run.ended}; {run.notes[-1] if run.notes else ''}"
         state = state if known or state == "interrupted" else "failed"
@@ -223,7 +223,7 @@ class Sweep:
     folder: RunFolder  # `sweep.db`, `best.yaml`, `sweep.png`, and `trials`
     metric: str  # what trials are judged by
     trials: list[TrialRecord] = field(default_factory=list)  # in the order of their beginning
-    interrupted: bool = False  # whether Ctrl-C ended it in the middle of a trial, which will be done again
+    interrupted: int = 0  # signal that ended it, and perhaps a trial, which will be done again; 0: none
 
     @property
     def ranking(self) -> list[TrialRecord]:
@@ -435,13 +435,15 @@ def sweep_settings(
     folder.path.mkdir(parents=True, exist_ok=True)
     study = open_study(storage or f"sqlite:///{folder / 'sweep.db'}", folder.path.name, asked, first)
     found = Sweep(config, dimensions, folder, asked["metric"], [record_of(trial) for trial in done_trials(study)])
-    while len(found.trials) < n_trials and (minutes is None or time.monotonic() - began < 60 * minutes):
+    n_seconds = math.inf if minutes is None else 60 * minutes
+    while len(found.trials) < n_trials and time.monotonic() - began < n_seconds and not found.interrupted:
         trial, place = next_trial(study, dimensions, seed), RunFolder(folder / "trials" / str(len(found.trials)))
         shutil.rmtree(place, ignore_errors=True)
-        record = run_trial(config, rows, place, TrialWatch(trial, found.metric, len(found.trials), on_event), tokenizer)
-        if record.state == "interrupted":
+        watch = TrialWatch(trial, found.metric, len(found.trials), on_event)
+        record = run_trial(config, rows, place, watch, tokenizer)
+        found.interrupted = watch.signal or 0
+        if record.state == "interrupted":  # one that heard it in its last step is complete, and counts
             give_up(study, trial)
-            found.interrupted = True
             break
         write_down(study, trial, record)
         found.trials.append(record)

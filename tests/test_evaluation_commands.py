@@ -122,6 +122,11 @@ def test_evaluation_of_a_run_and_of_its_adapter(typed, rows):
     (("compare", "base", "good", "--noise", "base", "good"), "add --gate"),
     (("compare", "base", "good", "--gate", "--noise", "base"), "--noise needs two folders or more"),
     (("compare", "base", "good", "--gate", "--noise", "base", "foreign"), "holds neither a run nor answers"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "./base"), "answers throughout as base does"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "other"), "other was asked other rows than base"),
+    (("compare", "base", "good", "--gate", "--noise", "good", "empty"), "--noise, answers.jsonl: empty holds none"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "--noise", "probed"), "probe.jsonl: base holds none; `finetuning"),
+    (("compare", "pocket", "nowhere/at-all", *ASK, "--gate", "--budget", "2"), "--budget must lie between 0 and 1"),
     (("compare", "pocket", *ASK), "are asked of two models, got 1"),
     (("compare", "base", "bad_answers"), "bad_answers/answers.jsonl:1: this is no kept answer"),
 ])
@@ -131,6 +136,8 @@ def test_refusals(typed, rows, words, sentence):
     Path("foreign/notes.txt").write_text("mine")
     Path("bad_answers/answers.jsonl").write_text('{"prompt": 1}\n')
     Path("torn.jsonl").write_text('{"instruction": "a", "outp')
+    kept("other", 20, 39), kept("probed", 20), kept("empty", 0, 0)
+    save_answers("probed/probe.jsonl", [Exchange("a", "b", Answer("", 0, True), extra={"right": 1.0})])
     code, _, err = typed(*words)
     assert (code, sentence in err) == (2, True), err
 
@@ -165,7 +172,18 @@ def test_seeds_that_differ_widen_the_gate(typed, tmp_path):
     assert typed("compare", "base", "good", "--gate")[0] == 0
     code, out, _ = typed("compare", "base", "good", "--gate", "--noise", "good", "again", "third")
     assert code == 3 and "runs differ by as much as is asked here" in out
-    assert "exact_match by 64.5 points, knowledge by 0.0 points (3 runs: good, again, third)" in out  # 4.30 x 15 points
+    assert "exact_match 64.5 points, knowledge 0.0 points (3 runs, 40 questions: good, again, third)" in out  # 4.30 x 15 points
+    assert "3 runs say little of all others" in out
+    code, out, _ = typed("compare", "base", "good", "--gate", "--json", "--noise", "good", "again", "--noise", "third")
+    assert code == 3 and "64.5 points" in json.loads(out)["gate"]["reasons"][2]
+    names = [kept(f"seed{n}", 20 + n % 2) for n in range(6)]
+    code, _, err = typed("compare", "base", "good", "--gate", "--noise", *names)
+    assert code == 2 and "seed2 answers throughout as seed0 does" in err
+    for n, name in enumerate(names):
+        kept(f"{name}b", 15 + n)
+    code, out, _ = typed("compare", "base", "good", "--gate", "--noise", *(f"{name}b" for name in names))
+    assert "(6 runs, 40 questions: seed0b, seed1b, seed2b, seed3b and 2 more)" in out
+    assert "not measured for knowledge" in out and "say little" not in out
     assert "eight seeds of the pocket demo" in typed("compare", "base", "good", "--gate", "--noise", "pocket")[1]
 
 
@@ -210,6 +228,14 @@ def test_sigterm_is_told(typed, rows):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (143, b"finetuning-kit: interrupted\n")
+
+
+def test_sigterm_inside_generated_code_keeps_its_exit_code():
+    code = "import os\nfrom finetuning_kit.cli import told_in_sentences\nwith told_in_sentences():\n" \
+           "    exec('os.kill(os.getpid(), 15); sum(range(9))')"  # at a plain Ctrl-C there, Python ends with -2
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (found.returncode, found.stderr) == (143, "finetuning-kit: interrupted\n")
 
 
 def test_bad_rows_and_long_prompts_have_their_flags(typed, tmp_path):
