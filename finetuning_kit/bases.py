@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE_RECORD', 'base_folder', 'weight_map', 'weight_files', 'fingerprint_base', 'number_kinds', 'StoredTensor',
-           'read_header', 'read_stored', 'record_base', 'check_base', 'adapter_config', 'read_record', 'read_adapter',
+           'read_header', 'read_stored', 'record_base', 'check_base', 'adapter_settings', 'read_record', 'read_adapter',
            'check_adapter', 'check_tied', 'attach_adapter', 'stored_precision']
 
 # %% ../nbs/088_bases.ipynb #21d843de
@@ -188,7 +188,7 @@ def check_base(
                               f"{'; '.join(wrong)}; pass the base named in the run's config.yaml")
 
 # %% ../nbs/088_bases.ipynb #0b9647e4
-def adapter_config(
+def adapter_settings(
     lora_path: str | Path,  # an adapter's folder
 ):  # PEFT's config of its kind
     "Read an adapter's settings, and refuse what PEFT does not know or cannot merge"
@@ -236,7 +236,7 @@ def read_adapter(
                 folder / "adapter_model.bin").is_file() else ""
             raise FinetuningError(f"{folder} is no adapter: it has no {name}{pickled}; pass the folder that training "
                                   "wrote")
-    adapter_config(folder)
+    adapter_settings(folder)
     for stored in read_header(folder / "adapter_model.safetensors").values():
         if ".lora_" in stored.name and stored.kind not in ("F64", "F32", "F16", "BF16"):
             raise FinetuningError(f"{folder}: {stored.name} holds numbers of the kind {stored.kind}, which nobody "

@@ -26,7 +26,6 @@ from .models import ParameterCount, check_model_config, model_files
 from .models import quiet_libraries, resolve_model_name, torch_dtype
 from .settings import FinetuningError, markdown_table
 from .speed import cast_once, label_scores
-from .targets import PARAMETER_MARKS
 
 # %% ../nbs/054_budget.ipynb #9d7baad3
 import torch

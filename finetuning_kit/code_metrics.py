@@ -11,13 +11,10 @@ __all__ = ['ALIASES', 'GRAMMARS', 'CODE_LANGUAGES', 'MARKS_OF', 'SYNTAX_VALIDITY
 # %% ../nbs/071_code_metrics.ipynb #dedc1481
 import ast
 import codeop
-import io
 import json
 import re
-import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module

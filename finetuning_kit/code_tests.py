@@ -18,7 +18,6 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from .code_metrics import find_code, program_of
 from .metrics import Exchange, Metric, row_metric
 from .models import quiet_libraries
 from .referee import referee_command
-from .runs import check_kind, is_count, kind_fits
+from .runs import check_kind, kind_fits
 from .settings import FinetuningError
 from .walls import CodeLimits, missing_walls
 

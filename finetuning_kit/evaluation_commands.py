@@ -15,7 +15,7 @@ from pathlib import Path
 
 # %% ../nbs/110_evaluation_commands.ipynb #6dfc4f7b
 from .data_commands import count
-from .screens import Screen, plain_letters, print_trimmed
+from .screens import Screen, plain_letters
 
 # %% ../nbs/110_evaluation_commands.ipynb #23baca57
 def add_asking(

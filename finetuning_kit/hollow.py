@@ -16,7 +16,7 @@ __all__ = ['STILL_STARTS', 'CannotStream', 'placeholder', 'hollow_model', 'attac
 
 # %% ../nbs/089_hollow.ipynb #4704151a
 from .bases import (
-    StoredTensor, adapter_config, check_adapter, check_tied, number_kinds, read_header, read_stored, weight_files)
+    StoredTensor, adapter_settings, check_adapter, check_tied, number_kinds, read_header, read_stored, weight_files)
 from .models import (
     check_model_config, first_line, four_bit_config, library_told, loading_errors, quiet_libraries)
 from .settings import FinetuningError
@@ -71,7 +71,7 @@ def attach_hollow(
     "Put an adapter on a model of placeholders"
     from peft import PeftModel
 
-    config = adapter_config(lora_path)
+    config = adapter_settings(lora_path)
     start = getattr(config, "init_lora_weights", True)
     if str(start).startswith("pissa_niter"):
         raise FinetuningError(f"{lora_path} cannot be merged: it began with a random approximation of its base "

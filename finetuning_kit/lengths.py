@@ -5,7 +5,6 @@
 # %% ../nbs/039_lengths.ipynb #32c99830
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 # %% auto #0

@@ -24,7 +24,7 @@ from .config import FineTuningConfig, TrainingConfig, problem_of
 from .machine import has_bitsandbytes
 from .methods import settle_for_method
 from .packing import plan_packs
-from .processes import is_main_process, n_processes
+from .processes import n_processes
 from .progress import RunProgress, peak_memory, what_is_left
 from .settings import FinetuningError, markdown_table
 from .trainer import KitTrainer, rows_of

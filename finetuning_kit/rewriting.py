@@ -17,7 +17,6 @@ __all__ = ['CARRIES', 'ORDER', 'render_turn', 'sample_turns', 'settle_calls', 'c
 from .formatting import user_text
 from .ledger import DataError
 from .records import Conversation, Document, Feedback, Message, PreferencePair, TrainingSample
-from .settings import FinetuningError
 from .shapes import FORMATS, Format
 
 # %% ../nbs/015_rewriting.ipynb #64c6a413

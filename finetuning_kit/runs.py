@@ -25,7 +25,7 @@ __all__ = ['FULL', 'FULL_WORDS', 'MARKS', 'LOADED', 'ARGUMENTS', 'MAKERS', 'disk
 from .config import FineTuningConfig
 from .machine import check_config
 from .models import THINGS, check_things
-from .processes import is_main_process, meet, n_processes
+from .processes import is_main_process, meet
 from .settings import FinetuningError
 
 # %% ../nbs/048_runs.ipynb #716262a4

@@ -20,7 +20,7 @@ __all__ = ['format_answer', 'render_record', 'uses_template', 'start_ids', 'begi
            'cache_key', 'save_rows', 'load_rows', 'encode_cached', 'encode_records', 'to_dataset']
 
 # %% ../nbs/040_tokens.ipynb #713a83f0
-from .encoding import EncodedRow, encode_safely, find_marks, label_all
+from .encoding import EncodedRow, encode_safely, label_all
 from .formatting import DatasetFormatter, to_messages, to_sample, tools_of
 from .ledger import Ledger
 from .outlines import encode_by_outlines

@@ -18,7 +18,7 @@ __all__ = ['ROW_CHECKS', 'TEXT_CHECKS', 'N_NEAR', 'N_LONG', 'is_short', 'copies_
            'judge_rows', 'validate_dataset']
 
 # %% ../nbs/044_validation.ipynb #4583ca3e
-from .census import Census, balance_words, find_labels, size_words, system_words, take_census
+from .census import Census, balance_words, size_words, system_words, take_census
 from .encoding import EncodedRow
 from .formatting import DatasetFormatter
 from .ledger import DataError, Ledger, Reject

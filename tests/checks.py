@@ -295,6 +295,16 @@ def unused_definitions(notebook) -> tuple:
     return n_defined, unused
 
 
+def idle_imports(notebook) -> list:
+    "Names that an exported cell imports and no cell of the chapter uses; in a comment or a text they may be used too."
+    cells = [cell for _, cell in code_cells(notebook)]
+    imports = [node for cell in cells if is_exported(cell) for node in ast.walk(parse(cell))
+               if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__"]
+    without = "\n".join(re.sub(r"(?m)^\s*(from [^\n]+ )?import [^\n(]*(\([^)]*\))?", "", code(cell)) for cell in cells)
+    named = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    return sorted(name for name in named if not re.search(rf"\b{name}\b", without))
+
+
 def cell_budget_problems(cell) -> list:
     "One cell keeps to its lines, columns and words."
     if cell["cell_type"] == "markdown":
@@ -329,6 +339,8 @@ def budget_problems(path) -> list:
     n_defined, unused = unused_definitions(notebook)
     if len(unused) > (1 - USED_SHARE) * n_defined:
         problems.append(f"uses too few definitions within {USED_WITHIN} cells; missed: {', '.join(unused)}")
+    if idle_imports(notebook):
+        problems.append(f"imports what it does not use: {', '.join(idle_imports(notebook))}")
     return [f"{Path(path).name} {problem}" for problem in problems]
 
 

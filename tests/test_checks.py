@@ -224,6 +224,7 @@ FAULTS = [  # what does it, which check, words of its complaint
     (lambda t: in_beta(t, BETA.replace("Four times is", "```\nFour is").replace("what it explained.", "```")),
      "budgets", "words of prose for a line"),
     (beta_with(LAST, '2, "times two"'), "budgets", "missed: quadruple"),
+    (beta_with("import double", "import double, half"), "budgets", "imports what it does not use: half"),
     (lambda t: replace(t / "README.md", "Begin", "Start"), "readme", "differs from nbs/index"),
     (renamed("000_alpha.ipynb", "000_a.ipynb"), "readme", "links to nbs/000_alpha.ipynb, which is not there"),
     (lambda t: replace(t / "README.md", "Begin", "TO" "DO: begin"), "text", "holds a leftover"),
