@@ -125,7 +125,8 @@ def test_evaluation_of_a_run_and_of_its_adapter(typed, rows):
     (("compare", "base", "good", "--gate", "--noise", "base", "./base"), "answers throughout as base does"),
     (("compare", "base", "good", "--gate", "--noise", "base", "other"), "other was asked other rows than base"),
     (("compare", "base", "good", "--gate", "--noise", "good", "empty"), "--noise, answers.jsonl: empty holds none"),
-    (("compare", "base", "good", "--gate", "--noise", "base", "--noise", "probed"), "probe.jsonl: base holds none; `finetuning"),
+    (("compare", "base", "good", "--gate", "--noise", "base", "--noise", "probed"),
+     "probe.jsonl: base holds none; `finetuning"),
     (("compare", "pocket", "nowhere/at-all", *ASK, "--gate", "--budget", "2"), "--budget must lie between 0 and 1"),
     (("compare", "pocket", *ASK), "are asked of two models, got 1"),
     (("compare", "base", "bad_answers"), "bad_answers/answers.jsonl:1: this is no kept answer"),
@@ -172,7 +173,8 @@ def test_seeds_that_differ_widen_the_gate(typed, tmp_path):
     assert typed("compare", "base", "good", "--gate")[0] == 0
     code, out, _ = typed("compare", "base", "good", "--gate", "--noise", "good", "again", "third")
     assert code == 3 and "runs differ by as much as is asked here" in out
-    assert "exact_match 64.5 points, knowledge 0.0 points (3 runs, 40 questions: good, again, third)" in out  # 4.30 x 15 points
+    margins = "exact_match 64.5 points, knowledge 0.0 points"  # 4.30 times 15 points, and times none
+    assert f"{margins} (3 runs, 40 questions: good, again, third)" in out
     assert "3 runs say little of all others" in out
     code, out, _ = typed("compare", "base", "good", "--gate", "--json", "--noise", "good", "again", "--noise", "third")
     assert code == 3 and "64.5 points" in json.loads(out)["gate"]["reasons"][2]
