@@ -90,7 +90,8 @@ BAD = {
         (home / "adapter" / "base.json").unlink(), cut(home / "base" / "model.safetensors")), ""),
     "truncated adapter": (lambda home: cut(home / "adapter" / "adapter_model.safetensors"), ""),
     "adapter is text": (lambda home: (home / "adapter" / "adapter_model.safetensors").write_text("hello"), ""),
-    "adapter's config is no JSON": (lambda home: (home / "adapter" / "adapter_config.json").write_text("{"), "is not readable JSON"),
+    "adapter's config is no JSON": (lambda home: (home / "adapter" / "adapter_config.json").write_text("{"),
+                                    "is not readable JSON"),
     "base.json is no JSON": (lambda home: (home / "adapter" / "base.json").write_text("{"), "is not readable JSON"),
     "no adapter": (lambda home: shutil.rmtree(home / "adapter"), "is no adapter"),
     "no base": (lambda home: shutil.rmtree(home / "base"), "neither"),
@@ -229,7 +230,8 @@ def test_prompts_of_every_kind(sources, tmp_path):
     config = load_model("pocket").config.to_dict() | {"max_position_embeddings": 40}
     tokenizer = load_tokenizer("pocket")
     found, notes = proof_prompts(tokenizer, config, tmp_path, ["word " * 100, [1, 2, 3]], max_new_tokens=10)
-    assert (len(found[0]), found[1]) == (30, [1, 2, 3]) and "longer than 30 tokens, compared from their ends: 1 of 2" in notes[0]
+    assert (len(found[0]), found[1]) == (30, [1, 2, 3])
+    assert "longer than 30 tokens, compared from their ends: 1 of 2" in notes[0]
     tokenizer.chat_template = None
     plain, notes = proof_prompts(tokenizer, config, tmp_path)
     assert "general prompts" in notes[0] and "capital of France" in tokenizer.decode(plain[0])
@@ -282,7 +284,8 @@ def test_eighty_layers_round_more_and_hide_nothing(tmp_path):
     assert check.passed and 1e-5 < check.relative_difference < check.allowed < 1e-3
     merged, base = (load_model(str(tmp_path / name)) for name in ("merged", "base"))
     merged.model.layers[40].mlp.down_proj = base.model.layers[40].mlp.down_proj  # one matrix of 560 forgot its adapter
-    assert not verify_merge(trained, merged, tokenizer, proof_prompts(tokenizer, merged.config, tmp_path, ASK)[0]).passed
+    asked = proof_prompts(tokenizer, merged.config, tmp_path, ASK)[0]
+    assert not verify_merge(trained, merged, tokenizer, asked).passed
 
 
 def test_tensors_are_told_as_they_are_written(sources, tmp_path):

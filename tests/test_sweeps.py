@@ -55,7 +55,8 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_happened(tmp_path):
         go(tmp_path / "killed", max_grad_norm=2.0)
 
 
-@pytest.mark.parametrize("number, step, n_kept", [(signal.SIGINT, 2, 1), (signal.SIGTERM, 2, 1), (signal.SIGTERM, 4, 2)])
+@pytest.mark.parametrize("number, step, n_kept", [
+    (signal.SIGINT, 2, 1), (signal.SIGTERM, 2, 1), (signal.SIGTERM, 4, 2)])
 def test_a_signal_ends_the_sweep_and_its_trial_is_done_again(tmp_path, number, step, n_kept):
     def press(event):
         if event["type"] == "step" and event["trial"] == 1 and event["step"] == step:
