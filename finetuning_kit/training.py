@@ -204,7 +204,7 @@ def run_loop(
             load_weights(run.model, run.folder.best_model)
             run.ended += ", whose weights the run ends with"
         run.notes.append(run.ended)
-    elif run.signal:
+    elif run.signal and not done:
         run.ended = f"interrupted by {signal.Signals(run.signal).name}"
 
 # %% ../nbs/060_training.ipynb #3f7e05c6
